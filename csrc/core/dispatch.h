@@ -1,0 +1,88 @@
+// Dispatch tables: for each op one row per target, best first. The first row whose ISA is active, whose dtype is listed
+// and whose supports() holds, runs. `ref` supports everything, so a table always has an answer.
+#pragma once
+#include <atomic>
+#include <cstdint>
+#include <initializer_list>
+#include <vector>
+
+#include "core/isa.h"
+#include "core/types.h"
+
+// Declares a function in every namespace it is compiled for; `_vec.cpp` and `_mm.cpp` files define them.
+#ifdef LLMFAST_X86
+#define LLMFAST_DECLARE_VEC(declaration)      \
+  namespace llmfast::ref { declaration; }     \
+  namespace llmfast::avx2 { declaration; }    \
+  namespace llmfast::avx512 { declaration; }
+#define LLMFAST_DECLARE_AMX(declaration) \
+  namespace llmfast::amx { declaration; }
+// Rows for a function that exists in every vector target.
+#define LLMFAST_VEC_ROWS(function, dtypes) \
+  {Isa::avx512, dtypes, nullptr, avx512::function}, {Isa::avx2, dtypes, nullptr, avx2::function}, \
+  {Isa::ref, dtypes, nullptr, ref::function}
+#else
+#define LLMFAST_DECLARE_VEC(declaration) \
+  namespace llmfast::ref { declaration; }
+#define LLMFAST_DECLARE_AMX(declaration)
+#define LLMFAST_VEC_ROWS(function, dtypes) {Isa::ref, dtypes, nullptr, ref::function}
+#endif
+#define LLMFAST_DECLARE_MM(declaration) \
+  LLMFAST_DECLARE_VEC(declaration)      \
+  LLMFAST_DECLARE_AMX(declaration)
+
+namespace llmfast {
+
+using DTypeSet = uint8_t;  // bit i: DType(i)
+constexpr DTypeSet set_of(DType dtype) { return static_cast<DTypeSet>(1u << static_cast<int>(dtype)); }
+constexpr DTypeSet kF32 = set_of(DType::f32), kBF16 = set_of(DType::bf16), kF16 = set_of(DType::f16);
+constexpr DTypeSet kAllFloat = kF32 | kBF16 | kF16;
+
+struct RowInfo {
+  Isa isa;
+  DTypeSet dtypes;
+  std::atomic<int64_t>* calls;
+};
+
+struct OpInfo {
+  const char* name;
+  std::vector<RowInfo> rows;
+};
+
+std::vector<OpInfo>& op_registry();  // filled by the tables' constructors, in link order
+
+template <class Params>
+struct Row {
+  Isa isa;
+  DTypeSet dtypes;
+  bool (*supports)(const Params&);  // nullptr: every shape
+  void (*run)(const Params&);
+};
+
+template <class Params>
+class DispatchTable {
+ public:
+  DispatchTable(const char* name, std::initializer_list<Row<Params>> rows) : rows_(rows), calls_(rows.size()) {
+    OpInfo info{name, {}};
+    for (size_t i = 0; i < rows_.size(); ++i) info.rows.push_back({rows_[i].isa, rows_[i].dtypes, &calls_[i]});
+    op_registry().push_back(info);
+  }
+
+  // `dtype` is the element type that decides the kernel (that of the matrix operands).
+  void operator()(DType dtype, const Params& params) const {
+    const Isa active = active_isa();
+    for (size_t i = 0; i < rows_.size(); ++i) {
+      const Row<Params>& row = rows_[i];
+      if (row.isa > active || !(row.dtypes & set_of(dtype)) || (row.supports && !row.supports(params))) continue;
+      calls_[i].fetch_add(1, std::memory_order_relaxed);
+      row.run(params);
+      return;
+    }
+  }
+
+ private:
+  std::vector<Row<Params>> rows_;
+  mutable std::vector<std::atomic<int64_t>> calls_;
+};
+
+}  // namespace llmfast

@@ -1,0 +1,32 @@
+// Scratch memory: grow-only, 64-byte aligned buffers, one per (thread, slot). Kernels get pointers, they never allocate;
+// reuse keeps the pages mapped, which on glibc saves a page fault per 4 KiB and call (large blocks go back to the kernel
+// on every free).
+#pragma once
+#include <cstddef>
+
+namespace llmfast {
+
+enum class Slot : int {
+  packed_a,
+  packed_b,
+  tile,        // accumulator tiles of the GEMM
+  staging,     // rows on their way out
+  hidden,      // FFN hidden block, cross-entropy logits chunk
+  attention_k,
+  attention_v,
+  attention_q,
+  attention_score,
+  attention_acc,
+  reduction,   // per-thread partial sums
+  count
+};
+
+void* workspace_bytes(Slot slot, size_t bytes);  // of the calling thread; contents undefined
+size_t workspace_total_bytes();                  // of all threads, for reports
+
+template <class T>
+T* workspace(Slot slot, size_t count) {
+  return static_cast<T*>(workspace_bytes(slot, count * sizeof(T)));
+}
+
+}  // namespace llmfast

@@ -1,0 +1,22 @@
+// The micro-kernel of the target being compiled. Every Kernel has
+//
+//   Packed                       element type of packed panels
+//   kRows, kCols, kDepth         tile of C; depth is padded to a multiple of kDepth
+//   kDepthInL1                   kc: depth of a B sub-panel that stays in L1
+//   kBlockBytes                  how much packed A may occupy in L2
+//   supports(dtype)              operand dtypes it multiplies
+//   ThreadState                  RAII, one per thread and parallel region (AMX: tile configuration)
+//   pack_a(dst, a, rows, depth)  one row panel: `rows` <= kRows of A, zero-padded to kRows x padded depth
+//   pack_b(dst, b, cols, depth)  one column panel, likewise; both are kRows (kCols) * padded depth elements, depth-major
+//                                in steps of kDepth, so a sub-panel starts at depth * kCols
+//   multiply(a, b, depth, c_in, c_out, next_b, pending)
+//                                c_out = (c_in or 0) + a * b; tiles are row-major kRows x kCols. May finish `pending`, the
+//                                previous tile's epilogue, between its own steps; must before returning.
+//                                next_b: the B sub-panel that comes next, for prefetch.
+#pragma once
+
+#if defined(LLMFAST_TARGET_AMX)
+#include "gemm/kernel_amx.h"
+#else
+#include "gemm/kernel_vec.h"
+#endif

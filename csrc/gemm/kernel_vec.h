@@ -1,0 +1,115 @@
+// GEMM micro-kernel on vector registers: outer products, one broadcast of A times two registers of B a row and step.
+// Operands of any dtype are packed to float32. 6 x 2 accumulators of 16 registers, or 14 x 2 of 32, leave room for the
+// two B registers and the broadcast; both FMA ports stay busy because 12 (28) independent chains cover the latency.
+#pragma once
+#include "gemm/gemm.h"
+#include "simd/vec.h"
+
+namespace llmfast::LLMFAST_TARGET {
+
+// Panel [depth][kWidth] from `valid` <= kWidth lanes of a strided matrix; absent lanes are zero.
+template <int kWidth, class T>
+void pack_panel(float* dst, const T* src, int64_t lane_stride, int64_t depth_stride, int64_t valid, int64_t depth) {
+  constexpr int kL = Vec::kLanes;
+  int64_t k = 0;
+  if (lane_stride == 1 && valid == kWidth) {
+    for (; k < depth; ++k) {
+      const T* row = src + k * depth_stride;
+      float* out = dst + k * kWidth;
+      int lane = 0;
+      for (; lane + kL <= kWidth; lane += kL) Vec::load(row + lane).store(out + lane);
+      for (; lane < kWidth; ++lane) out[lane] = to_float(row[lane]);
+    }
+    return;
+  }
+  if (depth_stride == 1 && valid == kWidth) {  // kL x kL blocks through registers
+    for (; k + kL <= depth; k += kL)
+      for (int lane = 0; lane < kWidth; lane += kL) {
+        const int count = kWidth - lane < kL ? kWidth - lane : kL;
+        Vec block[kL];
+        for (int i = 0; i < kL; ++i)
+          block[i] = i < count ? Vec::load(src + (lane + i) * lane_stride + k) : Vec::zero();
+        transpose(block);
+        for (int i = 0; i < kL; ++i) {
+          float* out = dst + (k + i) * kWidth + lane;
+          if (count == kL) block[i].store(out);
+          else block[i].store_n(out, count);
+        }
+      }
+  }
+  for (; k < depth; ++k)
+    for (int lane = 0; lane < kWidth; ++lane)
+      dst[k * kWidth + lane] = lane < valid ? to_float(src[lane * lane_stride + k * depth_stride]) : 0.0f;
+}
+
+template <int kWidth>
+void pack_panel(float* dst, MatrixRef m, int64_t lane_stride, int64_t depth_stride, int64_t valid, int64_t depth) {
+  switch (m.dtype) {
+    case DType::bf16:
+      return pack_panel<kWidth>(dst, static_cast<const bf16*>(m.data), lane_stride, depth_stride, valid, depth);
+    case DType::f16:
+      return pack_panel<kWidth>(dst, static_cast<const fp16*>(m.data), lane_stride, depth_stride, valid, depth);
+    default:
+      return pack_panel<kWidth>(dst, static_cast<const float*>(m.data), lane_stride, depth_stride, valid, depth);
+  }
+}
+
+struct Kernel {
+  using Packed = float;
+  static constexpr int kVecs = 2;
+  static constexpr int kRows = Vec::kRegisters == 32 ? 14 : 6;
+  static constexpr int kCols = kVecs * Vec::kLanes;
+  static constexpr int kDepth = 1;
+  static constexpr int64_t kDepthInL1 = 256;
+  static constexpr int64_t kBlockBytes = Vec::kRegisters == 32 ? 640 << 10 : 256 << 10;
+  static_assert(kRows * kVecs + kVecs + 1 <= Vec::kRegisters);
+
+  static bool supports(DType) { return true; }
+
+  struct ThreadState {};
+
+  static void pack_a(float* dst, MatrixRef a, int64_t rows, int64_t depth) {
+    pack_panel<kRows>(dst, a, a.row_stride, a.col_stride, rows, depth);
+  }
+  static void pack_b(float* dst, MatrixRef b, int64_t cols, int64_t depth) {
+    pack_panel<kCols>(dst, b, b.col_stride, b.row_stride, cols, depth);
+  }
+
+  template <class Pending>
+  static void multiply(const float* a, const float* b, int64_t depth, const float* c_in, float* c_out, const float*,
+                       Pending& pending) {
+    pending.finish();
+    multiply_tile(a, b, depth, c_in, c_out);
+  }
+
+ private:
+  // Sums start at zero for each sub-panel and are added to c_in at the end: blocked summation, whose rounding error is
+  // that of a chain of kDepthInL1 terms instead of K. Kept out of line: inlined beside an epilogue, gcc spills acc.
+  __attribute__((noinline)) static void multiply_tile(const float* a, const float* b, int64_t depth, const float* c_in,
+                                                      float* c_out) {
+    Vec acc[kRows][kVecs];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) acc[r][0] = acc[r][1] = Vec::zero();
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < depth; ++k) {
+      const Vec b0 = Vec::load(b), b1 = Vec::load(b + Vec::kLanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const Vec broadcast = Vec::set(a[r]);
+        acc[r][0] = fma(broadcast, b0, acc[r][0]);
+        acc[r][1] = fma(broadcast, b1, acc[r][1]);
+      }
+      a += kRows;
+      b += kCols;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < kVecs; ++v) {
+        const int64_t i = r * kCols + v * Vec::kLanes;
+        (c_in ? acc[r][v] + Vec::load(c_in + i) : acc[r][v]).store(c_out + i);
+      }
+  }
+};
+
+}  // namespace llmfast::LLMFAST_TARGET

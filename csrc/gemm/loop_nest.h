@@ -1,0 +1,169 @@
+// The loops around the micro-kernel; the idea is told in gemm.h.
+#pragma once
+#include "core/parallel.h"
+#include "core/workspace.h"
+#include "gemm/few_rows.h"
+#include "gemm/kernel.h"
+
+namespace llmfast::LLMFAST_TARGET {
+
+constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+inline int64_t padded_depth(int64_t depth) { return round_up(depth, Kernel::kDepth); }
+
+inline int64_t packed_b_elements(int64_t N, int64_t K) { return round_up(N, Kernel::kCols) * padded_depth(K); }
+
+// Packs column panels [first, last) of B[K,N]; panel j starts at dst + j * kCols * padded_depth(K).
+inline void pack_b_panels(Kernel::Packed* dst, MatrixRef b, int64_t N, int64_t K, int64_t first, int64_t last) {
+  for (int64_t panel = first; panel < last; ++panel) {
+    const int64_t n = panel * Kernel::kCols, cols = N - n < Kernel::kCols ? N - n : Kernel::kCols;
+    Kernel::pack_b(dst + n * padded_depth(K), b.offset(0, n), cols, K);
+  }
+}
+
+// A finished tile whose epilogue is still to run; the kernel of the next tile does it between its own steps.
+template <class Epilogue>
+struct PendingTile {
+  const Epilogue* epilogue = nullptr;
+  const float* tile = nullptr;
+  int64_t m = 0, n = 0, cols = 0;
+  int next = 0, rows = 0;
+
+  void step() {
+    if (next < rows) {
+      epilogue->row(tile + next * Kernel::kCols, m + next, n, cols);
+      ++next;
+    }
+  }
+  void finish() {
+    while (next < rows) step();
+  }
+};
+
+struct Blocking {
+  int64_t rows;        // mc: rows of A packed at a time
+  int64_t depth;       // kb: depth of A packed at a time; less than K only where K is large
+  int64_t sub_depth;   // kc
+};
+
+inline Blocking choose_blocking(int64_t M, int64_t K) {
+  constexpr int64_t kMinRows = 8 * Kernel::kRows;
+  constexpr int64_t kElements = Kernel::kBlockBytes / static_cast<int64_t>(sizeof(Kernel::Packed));
+  const auto even_split = [](int64_t total, int64_t most, int64_t multiple) {
+    const int64_t parts = (total + most - 1) / most;
+    return round_up((total + parts - 1) / parts, multiple);
+  };
+  Blocking blocking;
+  blocking.depth = even_split(padded_depth(K), round_up(kElements / kMinRows, Kernel::kDepth), Kernel::kDepth);
+  blocking.sub_depth = even_split(blocking.depth, Kernel::kDepthInL1, Kernel::kDepth);
+  const int64_t most_rows = kElements / blocking.depth / Kernel::kRows * Kernel::kRows;
+  blocking.rows = even_split(M, most_rows > kMinRows ? most_rows : kMinRows, Kernel::kRows);
+  return blocking;
+}
+
+// Rows [rows.begin, rows.end) and columns [cols.begin, cols.end) of C on the calling thread; cols.begin is at a panel.
+template <class Epilogue>
+void gemm_rectangle(MatrixRef a, const Kernel::Packed* packed_b, int64_t K, Range rows, Range cols,
+                    const Epilogue& epilogue) {
+  constexpr int64_t R = Kernel::kRows, N = Kernel::kCols, kTile = R * N;
+  if (rows.begin >= rows.end || cols.begin >= cols.end) return;
+  const Blocking blocking = choose_blocking(rows.end - rows.begin, K);
+  const int64_t depth_stride_b = padded_depth(K);
+  const bool whole_depth = blocking.depth >= K;
+  const int64_t panels = blocking.rows / R;  // row panels per block
+  const int64_t waiting = whole_depth ? 1 : (cols.end - cols.begin + N - 1) / N;  // column panels that wait for more depth
+  auto* packed_a = workspace<Kernel::Packed>(Slot::packed_a, panels * R * round_up(blocking.depth, Kernel::kDepth) + 64);
+  float* tiles = workspace<float>(Slot::tile, (panels * waiting + 2) * kTile);
+  float* scratch[2] = {tiles, tiles + kTile};
+  tiles += 2 * kTile;
+  int flip = 0;
+  PendingTile<Epilogue> pending;
+
+  for (int64_t m0 = rows.begin; m0 < rows.end; m0 += blocking.rows) {
+    const int64_t m_count = rows.end - m0 < blocking.rows ? rows.end - m0 : blocking.rows;
+    const int64_t m_panels = (m_count + R - 1) / R;
+    for (int64_t k0 = 0; k0 < K; k0 += blocking.depth) {
+      const int64_t depth = padded_depth(K - k0 < blocking.depth ? K - k0 : blocking.depth);
+      for (int64_t p = 0; p < depth; p += blocking.sub_depth) {
+        const int64_t sub = depth - p < blocking.sub_depth ? depth - p : blocking.sub_depth;
+        const int64_t valid = K - k0 - p < sub ? K - k0 - p : sub;
+        for (int64_t i = 0; i < m_panels; ++i) {
+          const int64_t valid_rows = m_count - i * R < R ? m_count - i * R : R;
+          Kernel::pack_a(packed_a + p * m_panels * R + i * R * sub, a.offset(m0 + i * R, k0 + p), valid_rows, valid);
+        }
+      }
+      for (int64_t n = cols.begin; n < cols.end; n += N) {
+        const int64_t n_count = cols.end - n < N ? cols.end - n : N;
+        float* column_tiles = tiles + (whole_depth ? 0 : (n - cols.begin) / N * panels * kTile);
+        for (int64_t p = 0; p < depth; p += blocking.sub_depth) {
+          const int64_t sub = depth - p < blocking.sub_depth ? depth - p : blocking.sub_depth;
+          const bool first = k0 + p == 0, last = k0 + p + sub >= K;
+          const Kernel::Packed* b = packed_b + n * depth_stride_b + (k0 + p) * N;
+          const Kernel::Packed* next_b = p + sub < depth     ? b + sub * N
+                                         : n + N < cols.end ? packed_b + (n + N) * depth_stride_b + k0 * N
+                                                            : b;
+          for (int64_t i = 0; i < m_panels; ++i) {
+            float* tile = column_tiles + i * kTile;
+            float* out = last ? scratch[flip] : tile;
+            Kernel::multiply(packed_a + p * m_panels * R + i * R * sub, b, sub, first ? nullptr : tile, out, next_b,
+                             pending);
+            if (last) {
+              const int64_t valid_rows = m_count - i * R < R ? m_count - i * R : R;
+              pending = {&epilogue, out, m0 + i * R, n, n_count, 0, static_cast<int>(valid_rows)};
+              flip ^= 1;
+            }
+          }
+        }
+      }
+    }
+  }
+  pending.finish();
+}
+
+// How many threads share the rows; the rest of the factor shares the columns.
+inline int row_parts(GemmSize size, int threads) {
+  constexpr int64_t kRowsWorthAPart = 16 * Kernel::kRows;
+  for (int parts = threads; parts > 1; --parts)
+    if (threads % parts == 0 && size.M >= parts * kRowsWorthAPart) return parts;
+  return 1;
+}
+
+// C = epilogue(A * B) with a B that is packed already.
+template <class Epilogue>
+void gemm_packed(MatrixRef a, const Kernel::Packed* packed_b, GemmSize size, const Epilogue& epilogue) {
+  const int threads = threads_for(size.M * size.N * size.K, 1 << 17);
+  const int m_parts = row_parts(size, threads), n_parts = threads / m_parts;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    Kernel::ThreadState state;
+    (void)state;
+    const int thread = omp_get_thread_num();
+    gemm_rectangle(a, packed_b, size.K, slice(size.M, thread / n_parts, m_parts, Kernel::kRows),
+                   slice(size.N, thread % n_parts, n_parts, Kernel::kCols), epilogue);
+  }
+}
+
+inline const Kernel::Packed* pack_b(MatrixRef b, int64_t N, int64_t K) {
+  auto* packed = workspace<Kernel::Packed>(Slot::packed_b, packed_b_elements(N, K) + 64);
+  const int64_t panels = (N + Kernel::kCols - 1) / Kernel::kCols;
+  parallel_for(panels, 1 + (int64_t{1} << 14) / (Kernel::kCols * K + 1),
+               [&](int64_t first, int64_t last) { pack_b_panels(packed, b, N, K, first, last); });
+  return packed;
+}
+
+// C = epilogue(A * B). K == 0 is a product of zeros.
+template <class Epilogue>
+void gemm(MatrixRef a, MatrixRef b, GemmSize size, const Epilogue& epilogue) {
+  if (size.M == 0 || size.N == 0) return;
+  if (size.K == 0) {
+    const float zeros[Kernel::kCols] = {};
+    for (int64_t m = 0; m < size.M; ++m)
+      for (int64_t n = 0; n < size.N; n += Kernel::kCols)
+        epilogue.row(zeros, m, n, size.N - n < Kernel::kCols ? size.N - n : Kernel::kCols);
+    return;
+  }
+  if (size.M <= kFewRows && b.row_stride == 1) return gemm_few_rows(a, b, size, epilogue);
+  gemm_packed(a, pack_b(b, size.N, size.K), size, epilogue);
+}
+
+}  // namespace llmfast::LLMFAST_TARGET

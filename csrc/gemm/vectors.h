@@ -1,0 +1,53 @@
+// Row vectors that go with a product: biases as float32, and column sums for their gradients.
+#pragma once
+#include "core/parallel.h"
+#include "core/workspace.h"
+#include "gemm/epilogue.h"
+
+namespace llmfast::LLMFAST_TARGET {
+
+// A contiguous or strided vector as float32 in `slot`; nullptr if undefined. A contiguous float32 one is used in place.
+inline const float* as_float(const TensorView& v, Slot slot) {
+  if (!v.defined) return nullptr;
+  if (v.dtype == DType::f32 && v.contiguous()) return v.as<const float>();
+  const int64_t count = v.shape[0];
+  float* out = workspace<float>(slot, count + Vec::kLanes);
+  visit_float(v.dtype, [&](auto type) {
+    const auto* values = v.as<const decltype(type)>();
+    for (int64_t i = 0; i < count; ++i) out[i] = to_float(values[i * v.stride[0]]);
+  });
+  return out;
+}
+
+// sums[n] = sum over m of x[m][n], in float32, then rounded to `sums`' dtype. Threads share the columns, so the order of
+// additions does not depend on their number.
+template <class T>
+void column_sums(const T* x, int64_t row_stride, int64_t col_stride, int64_t M, int64_t N, const TensorView& sums) {
+  constexpr int64_t kColumns = 128;  // accumulators of a column block stay in L1
+  visit_float(sums.dtype, [&](auto type) {
+    auto* out = sums.as<decltype(type)>();
+    parallel_for((N + kColumns - 1) / kColumns, 1 + (int64_t{1} << 14) / (kColumns * (M + 1)), [&](int64_t first, int64_t last) {
+      for (int64_t n0 = first * kColumns; n0 < last * kColumns && n0 < N; n0 += kColumns) {
+        const int64_t count = N - n0 < kColumns ? N - n0 : kColumns;
+        float acc[kColumns + Vec::kLanes] = {};
+        for (int64_t m = 0; m < M; ++m) {
+          const T* row = x + m * row_stride + n0 * col_stride;
+          if (col_stride == 1) {
+            for_each_vec(count, [&](int64_t i, auto lanes) { (Vec::load(acc + i) + lanes.load(row + i)).store(acc + i); });
+          } else {
+            for (int64_t i = 0; i < count; ++i) acc[i] += to_float(row[i * col_stride]);
+          }
+        }
+        for_each_vec(count, [&](int64_t i, auto lanes) { lanes.store(Vec::load(acc + i), out + n0 + i); });
+      }
+    });
+  });
+}
+
+inline void column_sums(const TensorView& x, const TensorView& sums) {
+  visit_float(x.dtype, [&](auto type) {
+    column_sums(x.as<const decltype(type)>(), x.stride[0], x.stride[1], x.shape[0], x.shape[1], sums);
+  });
+}
+
+}  // namespace llmfast::LLMFAST_TARGET
