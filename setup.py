@@ -5,7 +5,8 @@ Every object gets -DLLMFAST_TARGET=<target>, and all code in it lives in namespa
 objects never share a symbol that was compiled with different instruction sets.
 
 Environment: CXX chooses the compiler; LLMFAST_EMULATE_ISA=1 builds the AVX-512 and AMX rows on top of a C++ emulation of
-their instructions, so that a machine without them can run their tests (slow; never for production).
+their instructions, so that a machine without them can run their tests (slow; never for production); LLMFAST_BUILD_DIR is
+where objects are kept between builds (default: build/).
 """
 
 import os
@@ -106,7 +107,7 @@ class NinjaBuild(build_ext):
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
         tag = f"{sysconfig.get_config_var('SOABI')}{'-emulated' if EMULATE else ''}"
-        build_dir = ROOT / "build" / f"native-{tag}"
+        build_dir = Path(os.environ.get("LLMFAST_BUILD_DIR") or ROOT / "build") / f"native-{tag}"
         write_ninja(build_dir, build_dir / output.name)
         result = subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build_dir)])
         if result.returncode:

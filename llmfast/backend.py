@@ -1,0 +1,124 @@
+"""What runs where: the native module, its dispatch tables, and a count of everything that did not run natively.
+
+Environment:
+    LLMFAST_CPU_ISA: ``ref``, ``avx2``, ``avx512`` or ``amx``: the best instruction set that may be used (a cap).
+    LLMFAST_STRICT: ``1`` makes a fallback to plain torch an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+
+__all__ = ["count_fallback", "fallbacks", "force", "implementations", "info", "native", "ops"]
+
+ISAS = ("ref", "avx2", "avx512", "amx")
+
+_native: ModuleType | None = None
+_fallbacks: Counter[tuple[str, str]] = Counter()
+
+
+def native() -> ModuleType:
+    """The compiled module ``llmfast._cpu``.
+
+    Raises:
+        ImportError: it was not built for this Python, with what to do about it.
+    """
+    global _native
+    if _native is None:
+        try:
+            from llmfast import _cpu
+        except ImportError as error:
+            raise ImportError(
+                f"llmfast's compiled module for Python {platform.python_version()} cannot be loaded ({error}). "
+                "Install the package with this Python: pip install . (from a checkout) or pip install llmfast"
+            ) from error
+        _native = _cpu
+    return _native
+
+
+def count_fallback(op: str, reason: str) -> None:
+    """Notes that `op` runs in plain torch, and why. With ``LLMFAST_STRICT=1`` raises RuntimeError instead."""
+    if os.environ.get("LLMFAST_STRICT") == "1":
+        raise RuntimeError(f"{op}: {reason}, so it would fall back to plain torch, and LLMFAST_STRICT=1 forbids that")
+    _fallbacks[op, reason] += 1
+
+
+def fallbacks() -> dict[str, int]:
+    """Calls that ran in plain torch since the process started: ``{"op: reason": calls}``."""
+    return {f"{op}: {reason}": calls for (op, reason), calls in sorted(_fallbacks.items())}
+
+
+def ops() -> list[str]:
+    """Names of all native ops."""
+    return native().ops()
+
+
+def implementations(op: str) -> list[dict]:
+    """The dispatch table of `op`, best row first.
+
+    Each row has ``isa``, ``dtypes`` (names), ``available``, ``why_not`` (empty if available) and ``calls`` so far.
+
+    Raises:
+        ValueError: there is no native op of that name; see `ops`.
+    """
+    return native().implementations(op)
+
+
+@contextlib.contextmanager
+def force(isa: str) -> Iterator[None]:
+    """Caps the instruction set to `isa` inside a ``with`` block (for the whole process, not for one thread).
+
+    Raises:
+        ValueError: `isa` is unknown, or better than this machine or ``LLMFAST_CPU_ISA`` allows.
+
+    Example:
+        >>> with llmfast.backend.force(isa="ref"):
+        ...     y = llmfast.linear(x, weight)
+    """
+    module = native()
+    before = module.active_isa()
+    if isa not in ISAS or ISAS.index(isa) > ISAS.index(before):
+        raise ValueError(f"isa: got {isa!r}, expected one of {ISAS[: ISAS.index(before) + 1]} on this machine")
+    module.set_isa_cap(isa)
+    try:
+        yield
+    finally:
+        module.set_isa_cap(before)
+
+
+def info() -> dict:
+    """What this process runs on: versions, processor, instruction sets, threads, GPU, chosen rows and fallbacks."""
+    import llmfast
+
+    module = native()
+    chosen = {}
+    for op in module.ops():
+        chosen[op] = {
+            dtype: next((row["isa"] for row in implementations(op) if row["available"] and dtype in row["dtypes"]), None)
+            for dtype in ("float32", "bfloat16", "float16")
+        }
+    return {
+        "llmfast": llmfast.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": f"{sys.platform} {platform.machine()}",
+        "cpu": module.cpu_name().strip(),
+        "cpu_features": module.cpu_features(),
+        "isa": module.active_isa() + (" (emulated)" if module.emulated else ""),
+        "isa_detected": module.detected_isa(),
+        "isa_cap": os.environ.get("LLMFAST_CPU_ISA"),
+        "threads": torch.get_num_threads(),
+        "native_threads": module.max_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "implementations": chosen,
+        "fallbacks": fallbacks(),
+        "workspace_bytes": module.workspace_bytes(),
+    }

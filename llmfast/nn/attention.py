@@ -1,0 +1,79 @@
+"""Causal self-attention with one projection for queries, keys and values, and the cache that decoding uses."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from llmfast import ops
+from llmfast.nn.layers import Linear
+
+__all__ = ["KVCache", "SelfAttention"]
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, for one layer: two buffers ``[B, Hkv, capacity, D]``.
+
+    Buffers are allocated at the first `append`, in the dtype of what is appended.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.length = 0
+        self.k: Tensor | None = None
+        self.v: Tensor | None = None
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds ``[B, Hkv, T, D]`` and returns views of everything so far, ``[B, Hkv, length, D]``.
+
+        Raises:
+            ValueError: the cache is full, or the batch differs from the first call's.
+        """
+        B, H, T, D = k.shape
+        if self.k is None or self.v is None:
+            self.k, self.v = k.new_empty(B, H, self.capacity, D), v.new_empty(B, H, self.capacity, D)
+        end = self.length + T
+        if end > self.capacity:
+            raise ValueError(f"k: got {T} more tokens on top of {self.length}, expected at most {self.capacity} in all")
+        if k.shape[0] != self.k.shape[0]:
+            raise ValueError(f"k: got batch {B}, expected {self.k.shape[0]} as before")
+        self.k[:, :, self.length : end] = k
+        self.v[:, :, self.length : end] = v
+        self.length = end
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+
+class SelfAttention(nn.Module):
+    """``x [B, T, C] -> [B, T, C]``. With `kv_heads` < `heads`, groups of query heads share keys and values (GQA)."""
+
+    def __init__(
+        self, width: int, heads: int, kv_heads: int, head_dim: int, bias: bool, out_bias: bool, window: int | None
+    ) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim, self.window = heads, kv_heads, head_dim, window
+        self.qkv = Linear(width, (heads + 2 * kv_heads) * head_dim, bias=bias)
+        self.out = Linear(heads * head_dim, width, bias=out_bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """`rotary`: (cos, sin) of the tokens' positions. `mask`: as in `llmfast.attention`, on top of causal.
+        `cu_seqlens`: document bounds in the B*T tokens, taken as one stream; excludes `mask` and `cache`."""
+        B, T, _ = x.shape
+        D = self.head_dim
+        qkv = self.qkv(x).view(B, T, -1, D)
+        q, k, v = (t.transpose(1, 2) for t in qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2))
+        if rotary is not None:
+            q, k = ops.rotary(q, k, *rotary)
+        if cu_seqlens is not None:
+            q, k, v = (t.transpose(1, 2).reshape(B * T, -1, D) for t in (q, k, v))
+            out = ops.varlen_attention(q, k, v, cu_seqlens, cu_seqlens, causal=True, window=self.window)
+        else:
+            if cache is not None:
+                k, v = cache.append(k, v)
+            out = ops.attention(q, k, v, causal=True, mask=mask, window=self.window).transpose(1, 2)
+        return self.out(out.reshape(B, T, self.heads * D))

@@ -1,0 +1,81 @@
+"""Linear, FFN, embedding, and the norms that add the residual as they go. Weights are ``[out, in]`` as in torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from llmfast import ops
+
+__all__ = ["FFN", "AddLayerNorm", "AddRMSNorm", "Embedding", "Linear"]
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear` on `llmfast.linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias)
+
+
+class Embedding(nn.Module):
+    """Token embedding, plus learned positions if `positions` > 0, in one pass: ids ``[..., T]`` -> ``[..., T, C]``.
+
+    The output is float32 whatever the weights are: it starts the residual stream, which is kept in float32.
+    """
+
+    def __init__(self, vocabulary: int, width: int, positions: int = 0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocabulary, width))
+        self.position_weight = nn.Parameter(torch.empty(positions, width)) if positions else None
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        if self.position_weight is None:
+            position_ids = None
+        return ops.embedding(input_ids, self.weight, self.position_weight, position_ids, out_dtype=torch.float32)
+
+
+class AddLayerNorm(nn.Module):
+    """``(x, residual) -> (LayerNorm(x + residual), x + residual)``; the first in the weights' dtype."""
+
+    def __init__(self, width: int, eps: float = 1e-5, bias: bool = True) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps, out_dtype=self.weight.dtype)
+
+
+class AddRMSNorm(nn.Module):
+    """``(x, residual) -> (RMSNorm(x + residual), x + residual)``; the first in the weights' dtype."""
+
+    def __init__(self, width: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return ops.add_rms_norm(x, residual, self.weight, self.eps, out_dtype=self.weight.dtype)
+
+
+class FFN(nn.Module):
+    """``down(activation(up(x)))``, or gated: ``down(activation(gate(x)) * up(x))``, the nonlinearity fused."""
+
+    def __init__(self, width: int, hidden: int, activation: str = "gelu_tanh", gated: bool = False, bias: bool = True):
+        super().__init__()
+        self.activation = activation
+        self.up = Linear(width, hidden, bias=bias)
+        self.gate = Linear(width, hidden, bias=False) if gated else None
+        self.down = Linear(hidden, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.ffn(
+            x,
+            self.up.weight,
+            self.up.bias,
+            self.down.weight,
+            self.down.bias,
+            activation=self.activation,
+            gate_weight=None if self.gate is None else self.gate.weight,
+        )
