@@ -7,13 +7,9 @@ documents in the same order each time; empty documents are left out.
 
 from __future__ import annotations
 
-import codecs
 import glob
-import json
-import mmap
 import os
 import platform
-import re
 import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator
@@ -21,18 +17,18 @@ from functools import cached_property
 from pathlib import Path
 
 from .files import fingerprint_of, new_digest
+from .readers import Record, read_jsonl, read_parquet, read_text, to_text
 
-TEXT_SUFFIXES = frozenset(
-    ".txt .text .md .rst .tex .py .pyi .c .h .cc .cpp .hpp .cu .cuh .rs .go .java .js .ts .rb .sh .sql .html .xml".split()
+PROSE_SUFFIXES = frozenset({".txt", ".text", ".md", ".rst", ".tex", ".html", ".xml"})
+CODE_SUFFIXES = frozenset(
+    {".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cuh", ".rs", ".go", ".java", ".js", ".ts", ".rb", ".sh"}
 )
+TEXT_SUFFIXES = PROSE_SUFFIXES | CODE_SUFFIXES
 JSONL_SUFFIXES = frozenset({".jsonl", ".ndjson"})
 PARQUET_SUFFIXES = frozenset({".parquet"})
 
 # Tests are mostly tables of odd literals, and what sits in site-packages differs from machine to machine.
 STDLIB_LEFT_OUT = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
-
-_SURROGATES = re.compile("[\ud800-\udfff]")
-_Record = tuple[int, str, int]  # position in the file (bytes), document, replaced sequences
 
 
 class Corpus:
@@ -90,13 +86,13 @@ class Corpus:
         kind = _kind(file)
         return f"text {self.separator!r}" if kind == "text" else f"{kind} {self.text_field!r}"
 
-    def _read(self, file: Path) -> Iterator[_Record]:
+    def _read(self, file: Path) -> Iterator[Record]:
         kind = _kind(file)
         if kind == "jsonl":
-            return _read_jsonl(file, self.text_field)
+            return read_jsonl(file, self.text_field)
         if kind == "parquet":
-            return _read_parquet(file, self.text_field)
-        return _read_text(file, self.separator)
+            return read_parquet(file, self.text_field)
+        return read_text(file, self.separator)
 
 
 class DocumentList(Corpus):
@@ -139,7 +135,8 @@ class Documents(Iterator[str]):
         self._records = corpus.records()
 
     def __next__(self) -> str:
-        for file, self.bytes_read, text, replaced in self._records:
+        while (record := next(self._records, None)) is not None:
+            file, self.bytes_read, text, replaced = record
             if replaced:
                 self.replaced += replaced
                 self._first_replaced = self._first_replaced or file
@@ -161,7 +158,7 @@ def open_corpus(spec: str | os.PathLike | Corpus, text_field: str = "text", sepa
     `spec`: ``"stdlib"``; a file: ``.jsonl``/``.ndjson``, ``.parquet``, anything else is UTF-8 text; a folder: its
     text, JSONL or Parquet files (one of the three), recursively, sorted by path, hidden ones left out; a glob with
     ``**`` for "any depth"; or a `Corpus`, returned as it is. `text_field` is the JSONL field or Parquet column that
-    holds the text (null counts as empty). `separator` cuts text files into documents; without one a file is one document.
+    holds the text (null counts as empty). `separator` cuts text files into documents; without one a file is one.
 
     Errors: FileNotFoundError when there is nothing; ValueError for a folder of mixed kinds or a file that is not text.
     Malformed JSON, a missing field or column raise ValueError with file and line while iterating.
@@ -183,26 +180,11 @@ def open_corpus(spec: str | os.PathLike | Corpus, text_field: str = "text", sepa
         files = [path]
     elif path.is_dir():
         files = _files_below(path)
-    elif files := sorted(Path(file) for file in glob.glob(name, recursive=True) if os.path.isfile(file)):
-        pass
     else:
+        files = sorted(Path(file) for file in glob.glob(name, recursive=True) if os.path.isfile(file))
+    if not files:
         raise FileNotFoundError(f"corpus {name!r}: expected 'stdlib', or an existing file, folder or glob")
     return Corpus(name, files, text_field=text_field, separator=separator)
-
-
-def to_text(raw: bytes | str) -> tuple[str, int]:
-    """Valid Unicode text and how many invalid sequences became U+FFFD (also lone surrogates, which JSON can carry)."""
-    if isinstance(raw, str):
-        try:
-            raw.encode()
-            return raw, 0
-        except UnicodeEncodeError:
-            return _SURROGATES.subn("\ufffd", raw)
-    try:
-        return raw.decode(), 0
-    except UnicodeDecodeError:
-        text = raw.decode("utf-8", "replace")
-        return text, text.count("\ufffd") - raw.count(b"\xef\xbf\xbd")  # those that were in the text already
 
 
 def _standard_library() -> Corpus:
@@ -246,68 +228,3 @@ def _refuse_binary(file: Path) -> None:
     with open(file, "rb") as stream:
         if _kind(file) != "parquet" and b"\0" in stream.read(1 << 13):
             raise ValueError(f"corpus {str(file)!r}: holds NUL bytes; expected UTF-8 text, not binary data or UTF-16")
-
-
-def _read_text(file: Path, separator: str | None) -> Iterator[_Record]:
-    if separator is None:
-        raw = file.read_bytes()
-        yield len(raw), *to_text(raw.removeprefix(codecs.BOM_UTF8))
-        return
-    if file.stat().st_size == 0:  # which mmap refuses
-        return
-    mark = separator.encode()
-    with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as view:
-        start = len(codecs.BOM_UTF8) if view[:3] == codecs.BOM_UTF8 else 0
-        while (stop := view.find(mark, start)) >= 0:
-            yield stop, *to_text(view[start:stop])
-            start = stop + len(mark)
-        yield len(view), *to_text(view[start:])
-
-
-def _read_jsonl(file: Path, field: str) -> Iterator[_Record]:
-    position = 0
-    with open(file, "rb") as stream:
-        for number, line in enumerate(stream, 1):
-            position += len(line)
-            if not line.strip():
-                continue
-            source, replaced = to_text(line.removeprefix(codecs.BOM_UTF8))
-            try:
-                record = json.loads(source)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{file}:{number}: not JSON ({error}); expected one object a line") from None
-            if not isinstance(record, dict) or field not in record:
-                fields = ", ".join(map(repr, record)) if isinstance(record, dict) else type(record).__name__
-                raise ValueError(f"{file}:{number}: no field {field!r} (text_field); the line has {fields}")
-            value = record[field]
-            if not isinstance(value, str | None):
-                raise ValueError(f"{file}:{number}: field {field!r} is {type(value).__name__}; expected a string")
-            text, more = to_text(value or "")
-            yield position, text, replaced + more
-
-
-def _read_parquet(file: Path, column: str) -> Iterator[_Record]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ImportError(f"reading {file} needs the package pyarrow: pip install pyarrow") from error
-    try:
-        table = pyarrow.parquet.ParquetFile(file)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{file}: not a readable Parquet file ({error})") from None
-    with table:
-        names = table.schema_arrow.names
-        if column not in names:
-            raise ValueError(f"{file}: no column {column!r} (text_field); the file has {', '.join(map(repr, names))}")
-        size, n_rows, done = file.stat().st_size, table.metadata.num_rows, 0
-        kind = table.schema_arrow.field(column).type
-        is_text = pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
-        if not is_text and not (pyarrow.types.is_dictionary(kind) and pyarrow.types.is_string(kind.value_type)):
-            raise ValueError(f"{file}: column {column!r} is {kind}; expected strings")
-        size, n_rows, done = file.stat().st_size, table.metadata.num_rows, 0
-        for batch in table.iter_batches(batch_size=1024, columns=[column]):
-            # through bytes: Parquet does not promise that its strings are valid UTF-8
-            for value in batch.column(0).cast(pyarrow.string()).cast(pyarrow.binary()).to_pylist():
-                done += 1
-                yield size * done // n_rows, *to_text(value or b"")

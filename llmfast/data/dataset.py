@@ -109,7 +109,7 @@ class TokenSplit:
             shard.verify()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dataset:
     """What `prepare` makes and `open_dataset` finds again. `val` is None when prepared with ``val_fraction=0``.
 

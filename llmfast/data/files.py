@@ -65,6 +65,6 @@ def locked(folder: Path) -> Iterator[None]:
     """
     import fcntl  # POSIX only, and only needed by a process that writes
 
-    with open(folder / ".lock", "w") as file:
+    with open(folder / ".lock", "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from .shards import ShardWriter, write_shard
 from .tokenizers import Tokenizer
 
 FORMAT = 1  # of the split rule and the folder; a change makes old folders different datasets
-BATCH_CHARACTERS = 1 << 22  # encoded at a time: enough for every core, a small part of memory
+BATCH_CHARACTERS = 1 << 20  # encoded at a time: enough for every core, and a progress bar moves
 SHARD_TOKENS = 1 << 28
 
 
@@ -47,27 +46,30 @@ def prepare(
     A shard is closed after the document that brings it to `shard_tokens`. `progress(stage, done, total)` counts bytes
     of the corpus. Several processes may call this at once: one works, the others wait and reuse.
 
-    Errors: ValueError for a `val_fraction` outside [0, 1) or a corpus without text for both splits; FileExistsError
-    when `out_dir` holds a different dataset, which is left as it is.
+    Errors: TypeError unless `corpus` is a Corpus; ValueError for a `val_fraction` outside [0, 1) or a corpus without
+    text for both splits; FileExistsError when `out_dir` holds a different dataset, which is left as it is.
 
     Example::
 
         corpus = open_corpus("stdlib")
         dataset = prepare(corpus, build_tokenizer("bpe", corpus, 8192), "data/stdlib")
     """
+    if not isinstance(corpus, Corpus):
+        raise TypeError(f"corpus is {type(corpus).__name__}; expected a Corpus, as open_corpus gives")
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction is {val_fraction}; expected at least 0 and less than 1")
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens is {shard_tokens}; expected at least 1")
     folder = Path(out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
-        if (folder / DATASET_FILE).exists():
-            return _reuse(folder, corpus, tokenizer, val_fraction)
-        for left_by_killed_run in folder.glob(".*.tmp"):
-            left_by_killed_run.unlink()
-        _write(folder, corpus, tokenizer, val_fraction, shard_tokens, progress)
-        return open_dataset(folder)
+    if not (folder / DATASET_FILE).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder):
+            if not (folder / DATASET_FILE).exists():  # else another process made it while this one waited
+                for left_by_killed_run in folder.glob(".*.tmp"):
+                    left_by_killed_run.unlink()
+                _write(folder, corpus, tokenizer, val_fraction, shard_tokens, progress)
+                return open_dataset(folder)
+    return _reuse(folder, corpus, tokenizer, val_fraction)
 
 
 def _identity(corpus: Corpus, tokenizer: Tokenizer, val_fraction: float) -> str:
@@ -88,7 +90,8 @@ def _reuse(folder: Path, corpus: Corpus, tokenizer: Tokenizer, val_fraction: flo
             differences.append(f"its corpus ({info['corpus']['name']}) has other content than {corpus.name}")
         else:
             info["corpus"]["stamp"] = stamp
-            write_json(folder / DATASET_FILE, info)
+            with contextlib.suppress(OSError):  # a read-only dataset only stays slower to recognise
+                write_json(folder / DATASET_FILE, info)
     if differences or info["format"] != FORMAT:
         reason = "; ".join(differences) or f"its format is {info['format']}, not {FORMAT}"
         raise FileExistsError(f"{folder} holds a different dataset: {reason}. Delete it or choose another out_dir")

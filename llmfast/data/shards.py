@@ -47,7 +47,7 @@ class ShardError(ValueError):
     """A shard that is truncated, corrupt, or not a shard; the message names the file and the reason."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Shard:
     """An open shard. `tokens` is a read-only memory map, uint16 or uint32 [n_tokens].
 
@@ -173,9 +173,7 @@ class ShardWriter:
         self._write(bytes(-self.n_tokens * self.dtype.itemsize % 8))
         self._write(np.array(self._starts, "<i8").tobytes())
         counts = self.n_tokens, len(self._starts), self.text_bytes
-        header = _HEADER.pack(
-            MAGIC, VERSION, self.dtype.itemsize, *counts, *self._fingerprints, self._digest.digest()
-        )
+        header = _HEADER.pack(MAGIC, VERSION, self.dtype.itemsize, *counts, *self._fingerprints, self._digest.digest())
         self._file.seek(0)
         self._file.write(header + _CRC.pack(zlib.crc32(header)))
 

@@ -203,6 +203,8 @@ def build_tokenizer(
         return ByteTokenizer()
     if corpus is None:
         raise ValueError(f"corpus is None; a {kind} tokenizer is fitted on one")
+    if isinstance(corpus, str):  # whose items are characters: it would train, on nonsense
+        raise TypeError("corpus is str; expected documents, as open_corpus gives")
     documents = _reported(corpus, f"reading for the {kind} tokenizer", progress)
     if kind == "char":
         return CharTokenizer.fit(documents)
