@@ -6,11 +6,12 @@
 #include <cstdint>
 
 namespace llmfast {
-namespace {
 
 struct Range {
   int64_t begin, end;
 };
+
+namespace {
 
 // The `part`-th of `parts` nearly equal slices of [0, total), cut at multiples of `grain`.
 inline Range slice(int64_t total, int64_t part, int64_t parts, int64_t grain = 1) {

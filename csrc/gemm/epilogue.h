@@ -54,6 +54,21 @@ struct StoreEpilogue {
   }
 };
 
+// C = acc + addend, rounded to T: the second of two products with one sum.
+template <class T>
+struct AddStoreEpilogue {
+  T* c;
+  int64_t ldc;
+  const float* addend;
+  int64_t ld_addend;
+
+  void row(const float* acc, int64_t m, int64_t n, int64_t count) const {
+    for_each_vec(count, [&](int64_t i, auto lanes) {
+      lanes.store(Vec::load(acc + i) + lanes.load(addend + m * ld_addend + n + i), c + m * ldc + n + i);
+    });
+  }
+};
+
 // C += acc in float32: for products summed over several calls.
 struct AccumulateEpilogue {
   float* c;

@@ -3,8 +3,7 @@
 #pragma once
 #include "core/parallel.h"
 #include "core/workspace.h"
-#include "gemm/epilogue.h"
-#include "gemm/kernel.h"
+#include "gemm/product.h"
 
 namespace llmfast::LLMFAST_TARGET {
 
@@ -43,21 +42,21 @@ void dot_columns(const float* x, const T* w, int64_t ldw, int64_t K, int64_t cou
   for (; j < count; ++j) dot_block<kM, 1>(x, K, w + j * ldw, ldw, K, out + j, ldo);
 }
 
-template <int kM, class T, class Epilogue>
-void few_rows(const float* x, const T* w, int64_t ldw, GemmSize size, const Epilogue& epilogue) {
+template <int kM, class T>
+void few_rows(const float* x, const T* w, int64_t ldw, GemmSize size, EpilogueRef epilogue) {
   const int64_t panels = (size.N + Kernel::kCols - 1) / Kernel::kCols;
   parallel_for(panels, 1 + (int64_t{1} << 15) / (Kernel::kCols * size.K), [&](int64_t first, int64_t last) {
     float out[kM * Kernel::kCols];
     for (int64_t n = first * Kernel::kCols; n < last * Kernel::kCols && n < size.N; n += Kernel::kCols) {
       const int64_t count = size.N - n < Kernel::kCols ? size.N - n : Kernel::kCols;
       dot_columns<kM>(x, w + n * ldw, ldw, size.K, count, out, Kernel::kCols);
-      for (int m = 0; m < kM; ++m) epilogue.row(out + m * Kernel::kCols, m, n, count);
+      epilogue(out, 0, n, kM, count);
     }
   });
 }
 
-template <class T, class Epilogue>
-void few_rows(const float* x, const T* w, int64_t ldw, GemmSize size, const Epilogue& epilogue) {
+template <class T>
+void few_rows(const float* x, const T* w, int64_t ldw, GemmSize size, EpilogueRef epilogue) {
   switch (size.M) {
     case 1: return few_rows<1>(x, w, ldw, size, epilogue);
     case 2: return few_rows<2>(x, w, ldw, size, epilogue);
@@ -66,8 +65,7 @@ void few_rows(const float* x, const T* w, int64_t ldw, GemmSize size, const Epil
   }
 }
 
-template <class Epilogue>
-void gemm_few_rows(MatrixRef a, MatrixRef b, GemmSize size, const Epilogue& epilogue) {
+inline void gemm_few_rows(MatrixRef a, MatrixRef b, GemmSize size, EpilogueRef epilogue) {
   float* x = workspace<float>(Slot::packed_a, size.M * size.K);
   for (int64_t m = 0; m < size.M; ++m)  // rows of A as contiguous float32
     for (int64_t k = 0; k < size.K; ++k) {

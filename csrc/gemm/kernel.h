@@ -9,10 +9,10 @@
 //   pack_a(dst, a, rows, depth)  one row panel: `rows` <= kRows of A, zero-padded to kRows x padded depth
 //   pack_b(dst, b, cols, depth)  one column panel, likewise; both are kRows (kCols) * padded depth elements, depth-major
 //                                in steps of kDepth, so a sub-panel starts at depth * kCols
-//   multiply(a, b, depth, c_in, c_out, next_b, pending)
+//   multiply(a, b, depth, c_in, c_out, next_b, next_count, pending)
 //                                c_out = (c_in or 0) + a * b; tiles are row-major kRows x kCols. May finish `pending`, the
 //                                previous tile's epilogue, between its own steps; must before returning.
-//                                next_b: the B sub-panel that comes next, for prefetch.
+//                                next_b, next_count: this call's share of the B sub-panel that comes next, to prefetch.
 #pragma once
 
 #if defined(LLMFAST_TARGET_AMX)

@@ -77,7 +77,7 @@ struct Kernel {
 
   template <class Pending>
   static void multiply(const float* a, const float* b, int64_t depth, const float* c_in, float* c_out, const float*,
-                       Pending& pending) {
+                       int64_t, Pending& pending) {
     pending.finish();
     multiply_tile(a, b, depth, c_in, c_out);
   }

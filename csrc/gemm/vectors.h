@@ -6,17 +6,16 @@
 
 namespace llmfast::LLMFAST_TARGET {
 
-// A contiguous or strided vector as float32 in `slot`; nullptr if undefined. A contiguous float32 one is used in place.
-inline const float* as_float(const TensorView& v, Slot slot) {
+// A vector as float32: in place if it is contiguous float32, else converted into `buffer` (shape[0] + kLanes floats);
+// nullptr if undefined.
+inline const float* as_float(const TensorView& v, float* buffer) {
   if (!v.defined) return nullptr;
   if (v.dtype == DType::f32 && v.contiguous()) return v.as<const float>();
-  const int64_t count = v.shape[0];
-  float* out = workspace<float>(slot, count + Vec::kLanes);
   visit_float(v.dtype, [&](auto type) {
     const auto* values = v.as<const decltype(type)>();
-    for (int64_t i = 0; i < count; ++i) out[i] = to_float(values[i * v.stride[0]]);
+    for (int64_t i = 0; i < v.shape[0]; ++i) buffer[i] = to_float(values[i * v.stride[0]]);
   });
-  return out;
+  return buffer;
 }
 
 // sums[n] = sum over m of x[m][n], in float32, then rounded to `sums`' dtype. Threads share the columns, so the order of

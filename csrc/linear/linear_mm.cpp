@@ -1,7 +1,7 @@
 // linear on the shared GEMM core; see linear.h for the contract.
 #include "linear/linear.h"
 
-#include "gemm/loop_nest.h"
+#include "gemm/product.h"
 #include "gemm/vectors.h"
 
 namespace llmfast::LLMFAST_TARGET {
@@ -16,7 +16,8 @@ static void product(MatrixRef a, MatrixRef b, GemmSize size, const TensorView& o
 
 void linear_forward(const LinearParams& p) {
   const GemmSize size{p.x.shape[0], p.weight.shape[0], p.x.shape[1]};
-  product(matrix(p.x), matrix(p.weight).transposed(), size, p.out, as_float(p.bias, Slot::staging));
+  const float* bias = as_float(p.bias, workspace<float>(Slot::staging, size.N + Vec::kLanes));
+  product(matrix(p.x), matrix(p.weight).transposed(), size, p.out, bias);
 }
 
 void linear_backward(const LinearBackwardParams& p) {

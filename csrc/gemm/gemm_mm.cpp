@@ -1,43 +1,52 @@
 // The loops around the micro-kernel; the idea is told in gemm.h.
-#pragma once
-#include "core/parallel.h"
-#include "core/workspace.h"
 #include "gemm/few_rows.h"
-#include "gemm/kernel.h"
+#include "gemm/product.h"
 
 namespace llmfast::LLMFAST_TARGET {
+namespace {
 
-constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
-inline int64_t padded_depth(int64_t depth) { return round_up(depth, Kernel::kDepth); }
-
-inline int64_t packed_b_elements(int64_t N, int64_t K) { return round_up(N, Kernel::kCols) * padded_depth(K); }
+// How deep to pack at a time. A source that is contiguous across panels is packed a little of all panels after the other,
+// so that its rows are read in sequence; measured 1.23x as fast for the product of a weight gradient.
+inline int64_t packing_depth(int64_t across_stride, int64_t depth) {
+  constexpr int64_t kFewRows = round_up(32, Kernel::kDepth);
+  return across_stride == 1 && depth > kFewRows ? kFewRows : depth;
+}
 
 // Packs column panels [first, last) of B[K,N]; panel j starts at dst + j * kCols * padded_depth(K).
 inline void pack_b_panels(Kernel::Packed* dst, MatrixRef b, int64_t N, int64_t K, int64_t first, int64_t last) {
-  for (int64_t panel = first; panel < last; ++panel) {
-    const int64_t n = panel * Kernel::kCols, cols = N - n < Kernel::kCols ? N - n : Kernel::kCols;
-    Kernel::pack_b(dst + n * padded_depth(K), b.offset(0, n), cols, K);
-  }
+  const int64_t step = packing_depth(b.col_stride, K);
+  for (int64_t k = 0; k < K; k += step)
+    for (int64_t panel = first; panel < last; ++panel) {
+      const int64_t n = panel * Kernel::kCols, cols = N - n < Kernel::kCols ? N - n : Kernel::kCols;
+      Kernel::pack_b(dst + n * padded_depth(K) + k * Kernel::kCols, b.offset(k, n), cols, K - k < step ? K - k : step);
+    }
+}
+
+// Packs A[rows,depth] into row panels that lie one after the other.
+inline void pack_a_panels(Kernel::Packed* dst, MatrixRef a, int64_t rows, int64_t depth) {
+  const int64_t step = packing_depth(a.row_stride, depth);
+  for (int64_t k = 0; k < depth; k += step)
+    for (int64_t m = 0; m < rows; m += Kernel::kRows)
+      Kernel::pack_a(dst + m * padded_depth(depth) + k * Kernel::kRows, a.offset(m, k),
+                     rows - m < Kernel::kRows ? rows - m : Kernel::kRows, depth - k < step ? depth - k : step);
 }
 
 // A finished tile whose epilogue is still to run; the kernel of the next tile does it between its own steps.
-template <class Epilogue>
 struct PendingTile {
-  const Epilogue* epilogue = nullptr;
+  const EpilogueRef* epilogue = nullptr;
   const float* tile = nullptr;
   int64_t m = 0, n = 0, cols = 0;
   int next = 0, rows = 0;
 
-  void step() {
-    if (next < rows) {
-      epilogue->row(tile + next * Kernel::kCols, m + next, n, cols);
-      ++next;
-    }
+  int left() const { return rows - next; }
+  // The next `count` rows, or what is left.
+  void step(int count) {
+    const int rows_now = count < left() ? count : left();
+    if (rows_now <= 0) return;
+    (*epilogue)(tile + next * Kernel::kCols, m + next, n, rows_now, cols);
+    next += rows_now;
   }
-  void finish() {
-    while (next < rows) step();
-  }
+  void finish() { step(left()); }
 };
 
 struct Blocking {
@@ -61,10 +70,10 @@ inline Blocking choose_blocking(int64_t M, int64_t K) {
   return blocking;
 }
 
-// Rows [rows.begin, rows.end) and columns [cols.begin, cols.end) of C on the calling thread; cols.begin is at a panel.
-template <class Epilogue>
+}  // namespace
+
 void gemm_rectangle(MatrixRef a, const Kernel::Packed* packed_b, int64_t K, Range rows, Range cols,
-                    const Epilogue& epilogue) {
+                    EpilogueRef epilogue) {
   constexpr int64_t R = Kernel::kRows, N = Kernel::kCols, kTile = R * N;
   if (rows.begin >= rows.end || cols.begin >= cols.end) return;
   const Blocking blocking = choose_blocking(rows.end - rows.begin, K);
@@ -77,7 +86,7 @@ void gemm_rectangle(MatrixRef a, const Kernel::Packed* packed_b, int64_t K, Rang
   float* scratch[2] = {tiles, tiles + kTile};
   tiles += 2 * kTile;
   int flip = 0;
-  PendingTile<Epilogue> pending;
+  PendingTile pending;
 
   for (int64_t m0 = rows.begin; m0 < rows.end; m0 += blocking.rows) {
     const int64_t m_count = rows.end - m0 < blocking.rows ? rows.end - m0 : blocking.rows;
@@ -86,11 +95,7 @@ void gemm_rectangle(MatrixRef a, const Kernel::Packed* packed_b, int64_t K, Rang
       const int64_t depth = padded_depth(K - k0 < blocking.depth ? K - k0 : blocking.depth);
       for (int64_t p = 0; p < depth; p += blocking.sub_depth) {
         const int64_t sub = depth - p < blocking.sub_depth ? depth - p : blocking.sub_depth;
-        const int64_t valid = K - k0 - p < sub ? K - k0 - p : sub;
-        for (int64_t i = 0; i < m_panels; ++i) {
-          const int64_t valid_rows = m_count - i * R < R ? m_count - i * R : R;
-          Kernel::pack_a(packed_a + p * m_panels * R + i * R * sub, a.offset(m0 + i * R, k0 + p), valid_rows, valid);
-        }
+        pack_a_panels(packed_a + p * m_panels * R, a.offset(m0, k0 + p), m_count, K - k0 - p < sub ? K - k0 - p : sub);
       }
       for (int64_t n = cols.begin; n < cols.end; n += N) {
         const int64_t n_count = cols.end - n < N ? cols.end - n : N;
@@ -102,11 +107,12 @@ void gemm_rectangle(MatrixRef a, const Kernel::Packed* packed_b, int64_t K, Rang
           const Kernel::Packed* next_b = p + sub < depth     ? b + sub * N
                                          : n + N < cols.end ? packed_b + (n + N) * depth_stride_b + k0 * N
                                                             : b;
+          const int64_t next_share = (sub * N + m_panels - 1) / m_panels;
           for (int64_t i = 0; i < m_panels; ++i) {
             float* tile = column_tiles + i * kTile;
             float* out = last ? scratch[flip] : tile;
-            Kernel::multiply(packed_a + p * m_panels * R + i * R * sub, b, sub, first ? nullptr : tile, out, next_b,
-                             pending);
+            Kernel::multiply(packed_a + p * m_panels * R + i * R * sub, b, sub, first ? nullptr : tile, out,
+                             next_b + i * next_share, next_share, pending);
             if (last) {
               const int64_t valid_rows = m_count - i * R < R ? m_count - i * R : R;
               pending = {&epilogue, out, m0 + i * R, n, n_count, 0, static_cast<int>(valid_rows)};
@@ -121,16 +127,14 @@ void gemm_rectangle(MatrixRef a, const Kernel::Packed* packed_b, int64_t K, Rang
 }
 
 // How many threads share the rows; the rest of the factor shares the columns.
-inline int row_parts(GemmSize size, int threads) {
+static int row_parts(GemmSize size, int threads) {
   constexpr int64_t kRowsWorthAPart = 16 * Kernel::kRows;
   for (int parts = threads; parts > 1; --parts)
     if (threads % parts == 0 && size.M >= parts * kRowsWorthAPart) return parts;
   return 1;
 }
 
-// C = epilogue(A * B) with a B that is packed already.
-template <class Epilogue>
-void gemm_packed(MatrixRef a, const Kernel::Packed* packed_b, GemmSize size, const Epilogue& epilogue) {
+void gemm_packed(MatrixRef a, const Kernel::Packed* packed_b, GemmSize size, EpilogueRef epilogue) {
   const int threads = threads_for(size.M * size.N * size.K, 1 << 17);
   const int m_parts = row_parts(size, threads), n_parts = threads / m_parts;
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -143,27 +147,25 @@ void gemm_packed(MatrixRef a, const Kernel::Packed* packed_b, GemmSize size, con
   }
 }
 
-inline const Kernel::Packed* pack_b(MatrixRef b, int64_t N, int64_t K) {
-  auto* packed = workspace<Kernel::Packed>(Slot::packed_b, packed_b_elements(N, K) + 64);
+void pack_b(Kernel::Packed* dst, MatrixRef b, int64_t N, int64_t K) {
   const int64_t panels = (N + Kernel::kCols - 1) / Kernel::kCols;
   parallel_for(panels, 1 + (int64_t{1} << 14) / (Kernel::kCols * K + 1),
-               [&](int64_t first, int64_t last) { pack_b_panels(packed, b, N, K, first, last); });
-  return packed;
+               [&](int64_t first, int64_t last) { pack_b_panels(dst, b, N, K, first, last); });
 }
 
-// C = epilogue(A * B). K == 0 is a product of zeros.
-template <class Epilogue>
-void gemm(MatrixRef a, MatrixRef b, GemmSize size, const Epilogue& epilogue) {
+void gemm(MatrixRef a, MatrixRef b, GemmSize size, EpilogueRef epilogue) {
   if (size.M == 0 || size.N == 0) return;
   if (size.K == 0) {
     const float zeros[Kernel::kCols] = {};
     for (int64_t m = 0; m < size.M; ++m)
       for (int64_t n = 0; n < size.N; n += Kernel::kCols)
-        epilogue.row(zeros, m, n, size.N - n < Kernel::kCols ? size.N - n : Kernel::kCols);
+        epilogue(zeros, m, n, 1, size.N - n < Kernel::kCols ? size.N - n : Kernel::kCols);
     return;
   }
   if (size.M <= kFewRows && b.row_stride == 1) return gemm_few_rows(a, b, size, epilogue);
-  gemm_packed(a, pack_b(b, size.N, size.K), size, epilogue);
+  auto* packed = workspace<Kernel::Packed>(Slot::packed_b, packed_b_elements(size.N, size.K) + 64);
+  pack_b(packed, b, size.N, size.K);
+  gemm_packed(a, packed, size, epilogue);
 }
 
 }  // namespace llmfast::LLMFAST_TARGET
