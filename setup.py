@@ -27,13 +27,21 @@ EMULATE = os.environ.get("LLMFAST_EMULATE_ISA") == "1"
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 COMMON_FLAGS = [
-    "-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
+    "-std=c++17", "-O2", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
     "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas",
 ]  # fmt: skip
 # gcc 12 warns about its own AVX-512 headers: gcc.gnu.org/PR105593
 GCC_BUG_105593 = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
-AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512", *GCC_BUG_105593]
+AVX512_FLAGS = [
+    *AVX2_FLAGS,
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512vl",
+    "-mavx512dq",
+    "-mprefer-vector-width=512",
+    *GCC_BUG_105593,
+]
 AMX_FLAGS = [*AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
 EMULATED_FLAGS = [*AVX2_FLAGS, "-DLLMFAST_EMULATED", f"-I{CSRC / 'simd' / 'emulated'}"]
 

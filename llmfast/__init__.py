@@ -1,4 +1,4 @@
-"""llmfast: hand-written CPU and CUDA kernels for transformers, and a thin layer to train, run and align models with them.
+"""llmfast: hand-written kernels for transformers, and a thin layer to train and run models with them.
 
 >>> import llmfast
 >>> model = llmfast.models.GPT.preset("gpt2")
@@ -9,11 +9,45 @@
 from importlib import import_module
 
 from llmfast import backend
-from llmfast.ops import linear
+from llmfast.ops import (
+    add_layer_norm,
+    add_rms_norm,
+    attention,
+    embedding,
+    ffn,
+    linear,
+    linear_cross_entropy,
+    rotary,
+    rotary_tables,
+    scaled_dot_product_attention,
+    varlen_attention,
+)
+from llmfast.optim import AdamW, clip_grad_norm
 
 __version__ = "0.1.0"
 
-__all__ = ["backend", "data", "linear", "models", "nn", "reference"]
+__all__ = [
+    "AdamW",
+    "add_layer_norm",
+    "add_rms_norm",
+    "attention",
+    "backend",
+    "clip_grad_norm",
+    "data",
+    "embedding",
+    "ffn",
+    "generate",
+    "linear",
+    "linear_cross_entropy",
+    "models",
+    "nn",
+    "reference",
+    "rotary",
+    "rotary_tables",
+    "scaled_dot_product_attention",
+    "train",
+    "varlen_attention",
+]
 
 _LAZY = {"data", "generate", "models", "nn", "reference", "train"}
 

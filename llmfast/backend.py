@@ -17,7 +17,7 @@ from types import ModuleType
 
 import torch
 
-__all__ = ["count_fallback", "fallbacks", "force", "implementations", "info", "native", "ops"]
+__all__ = ["count_fallback", "fallbacks", "force", "implementations", "info", "keep_freed_memory", "native", "ops"]
 
 ISAS = ("ref", "avx2", "avx512", "amx")
 
@@ -30,9 +30,13 @@ def native() -> ModuleType:
 
     Raises:
         ImportError: it was not built for this Python, with what to do about it.
+        ValueError: ``LLMFAST_CPU_ISA`` names no instruction set.
     """
     global _native
     if _native is None:
+        cap = os.environ.get("LLMFAST_CPU_ISA")
+        if cap and cap not in ISAS:
+            raise ValueError(f"LLMFAST_CPU_ISA: got {cap!r}, expected one of {', '.join(ISAS)}")
         try:
             from llmfast import _cpu
         except ImportError as error:
@@ -42,6 +46,16 @@ def native() -> ModuleType:
             ) from error
         _native = _cpu
     return _native
+
+
+def keep_freed_memory() -> bool:
+    """Makes this process's allocator keep freed memory instead of returning it to the system.
+
+    A training step allocates and frees the same large tensors over and over; without this, glibc maps each one afresh,
+    at the cost of a page fault for every 4 KiB. `llmfast.train.pretrain` calls it. Affects the whole process, torch's
+    tensors included, for as long as it runs: its memory stays at its peak. False where the C library is not glibc.
+    """
+    return native().keep_freed_memory()
 
 
 def count_fallback(op: str, reason: str) -> None:
@@ -102,7 +116,9 @@ def info() -> dict:
     chosen = {}
     for op in module.ops():
         chosen[op] = {
-            dtype: next((row["isa"] for row in implementations(op) if row["available"] and dtype in row["dtypes"]), None)
+            dtype: next(
+                (row["isa"] for row in implementations(op) if row["available"] and dtype in row["dtypes"]), None
+            )
             for dtype in ("float32", "bfloat16", "float16")
         }
     return {

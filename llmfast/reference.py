@@ -113,7 +113,7 @@ def attention(q, k, v, *, causal=False, mask=None, window=None, scale=None, soft
     if mask is not None and mask.dtype == torch.bool:
         allowed = allowed & mask
     elif mask is not None:
-        scores = scores + mask.to(wide)
+        scores = scores + mask.to(wide).masked_fill(mask == -math.inf, 0)
         allowed = allowed & (mask != -math.inf)
     allowed = allowed.expand(scores.shape)
     sees_any = allowed.any(-1, keepdim=True)

@@ -10,7 +10,17 @@ from llmfast import backend
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (M, N, K): single elements, sizes around every tile (4, 6, 14, 16, 32), several depth blocks, few and many rows
-SHAPES = [(1, 1, 1), (3, 5, 7), (4, 17, 33), (5, 64, 32), (7, 31, 65), (33, 33, 31), (97, 70, 300), (64, 96, 1500), (130, 257, 129)]
+SHAPES = [
+    (1, 1, 1),
+    (3, 5, 7),
+    (4, 17, 33),
+    (5, 64, 32),
+    (7, 31, 65),
+    (33, 33, 31),
+    (97, 70, 300),
+    (64, 96, 1500),
+    (130, 257, 129),
+]
 
 
 def make(M, N, K, dtype):

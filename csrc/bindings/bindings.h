@@ -10,6 +10,13 @@ namespace llmfast {
 
 using WithoutGil = pybind11::call_guard<pybind11::gil_scoped_release>;
 
+void bind_attention(pybind11::module_& m);
+void bind_embedding(pybind11::module_& m);
+void bind_ffn(pybind11::module_& m);
 void bind_linear(pybind11::module_& m);
+void bind_linear_cross_entropy(pybind11::module_& m);
+void bind_norm(pybind11::module_& m);
+void bind_optim(pybind11::module_& m);
+void bind_rotary(pybind11::module_& m);
 
 }  // namespace llmfast

@@ -5,6 +5,7 @@
 
 #include "bindings/bindings.h"
 #include "core/dispatch.h"
+#include "core/malloc.h"
 #include "core/workspace.h"
 
 namespace py = pybind11;
@@ -56,5 +57,13 @@ PYBIND11_MODULE(_cpu, m) {
   });
   m.def("max_threads", [] { return omp_get_max_threads(); });
   m.def("workspace_bytes", &workspace_total_bytes);
+  m.def("keep_freed_memory", &keep_freed_memory);
+  bind_attention(m);
+  bind_embedding(m);
+  bind_ffn(m);
   bind_linear(m);
+  bind_linear_cross_entropy(m);
+  bind_norm(m);
+  bind_optim(m);
+  bind_rotary(m);
 }

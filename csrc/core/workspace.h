@@ -18,6 +18,9 @@ enum class Slot : int {
   attention_score,
   attention_acc,
   reduction,   // per-thread partial sums
+  norm_vectors,  // weight and bias in float32
+  norm_row,
+  embedding_order,  // positions of the input, sorted by id
   count
 };
 

@@ -1,24 +1,23 @@
 """The ops: each file holds one op's schema, implementation, fake kernel, gradient and public function."""
 
-import torch as _torch
-
+from llmfast.ops.attention import attention, scaled_dot_product_attention, varlen_attention
+from llmfast.ops.embedding import embedding
+from llmfast.ops.ffn import ffn
 from llmfast.ops.linear import linear
-from llmfast.reference import (
-    add_layer_norm,
-    add_rms_norm,
-    attention,
-    embedding,
-    ffn,
-    linear_cross_entropy,
-    rotary,
-    varlen_attention,
-)
+from llmfast.ops.linear_cross_entropy import linear_cross_entropy
+from llmfast.ops.norm import add_layer_norm, add_rms_norm
+from llmfast.ops.rotary import rotary, rotary_tables
 
-
-def rotary_tables(length, dim, theta=10000.0):
-    f = theta ** (-_torch.arange(0, dim, 2, dtype=_torch.float64) / dim)
-    a = _torch.arange(length, dtype=_torch.float64)[:, None] * f
-    return a.cos().float(), a.sin().float()
-
-
-__all__ = ["linear", "add_layer_norm", "add_rms_norm", "attention", "embedding", "ffn", "linear_cross_entropy", "rotary", "rotary_tables", "varlen_attention"]
+__all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
+    "attention",
+    "embedding",
+    "ffn",
+    "linear",
+    "linear_cross_entropy",
+    "rotary",
+    "rotary_tables",
+    "scaled_dot_product_attention",
+    "varlen_attention",
+]

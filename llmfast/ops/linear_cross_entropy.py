@@ -125,9 +125,7 @@ def _gradient(ctx, grad, _):
     if grad is None:
         return None, None, None, None
     need_x, need_weight = ctx.needs_input_grad[:2]
-    grad_x, grad_weight = linear_cross_entropy_backward(
-        grad, *ctx.saved_tensors, ctx.ignore_index, need_x, need_weight
-    )
+    grad_x, grad_weight = linear_cross_entropy_backward(grad, *ctx.saved_tensors, ctx.ignore_index, need_x, need_weight)
     return grad_x if need_x else None, grad_weight if need_weight else None, None, None
 
 

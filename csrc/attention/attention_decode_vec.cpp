@@ -1,0 +1,270 @@
+// Attention for few query rows a head group (decoding with a KV cache), forward only; see attention.h for the formula.
+// K and V are read once for all rows of the group, straight from the tensors, lanes along the head dim:
+// bandwidth-bound.
+//
+// A thread owns an item: some keys of one head group. For each block of kBlock keys:
+//   scores[row][key] = q k^T; softcap, mask, band; running maximum and sum, scores -> weights
+//   acc[row][Dv] = acc * 2^(old maximum - new) + weights v
+// A head group whose keys were cut into several items is merged afterwards, in the order of its keys.
+//
+// Memory: kDecodeRows x kBlock scores; kDecodeRows x (Dv + 2) partial results an item.
+// Limits: Tq * Hq / Hkv <= kDecodeRows.
+#include "attention/operands.h"
+#include "attention/schedule.h"
+#include "attention/softmax.h"
+#include "core/workspace.h"
+#include "gemm/few_rows.h"
+
+namespace llmfast::LLMFAST_TARGET {
+namespace {
+
+constexpr int64_t kBlock = 128;
+constexpr int64_t kLeastKeys = 256;  // fewer are not worth an item of their own
+static_assert(kBlock % Vec::kLanes == 0);
+
+// Calls body(first row, Count<n>) so that counts of 4, 2 and 1 cover `rows`.
+template <int kCount>
+struct Count {
+  static constexpr int value = kCount;
+};
+template <class Body>
+inline void for_row_blocks(int64_t rows, const Body& body) {
+  int64_t row = 0;
+  for (; row + 4 <= rows; row += 4) body(row, Count<4>{});
+  for (; row + 2 <= rows; row += 2) body(row, Count<2>{});
+  if (row < rows) body(row, Count<1>{});
+}
+
+// Keys of a block by number, so that hidden ones are stepped over.
+struct KeyList {
+  int count = 0;
+  int key[kBlock];
+};
+
+// acc[r] = acc[r] * keep[r] + sum over listed keys of weights[r][key] * values[key], for kVecs registers of head dims.
+template <int kRows, int kVecs, class T, class LastLanes>
+inline void weigh_columns(const float* weights, const float* keep, const KeyList& list, const T* values, int64_t stride,
+                          float* acc, int64_t acc_stride, LastLanes last) {
+  constexpr int kL = Vec::kLanes;
+  Vec sum[kRows][kVecs];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) sum[r][v] = Vec::zero();
+  for (int i = 0; i < list.count; ++i) {
+    const T* row = values + list.key[i] * stride;
+    Vec x[kVecs];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) x[v] = v + 1 < kVecs ? Vec::load(row + v * kL) : last.load(row + v * kL);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const Vec weight = Vec::set(weights[r * kBlock + list.key[i]]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) sum[r][v] = fma(weight, x[v], sum[r][v]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) {
+      float* at = acc + r * acc_stride + v * kL;
+      fma(Vec::load(at), Vec::set(keep[r]), sum[r][v]).store(at);
+    }
+}
+
+// All Dv head dims of kRows rows; eight independent sums at a time hide the latency of fma.
+template <int kRows, class T>
+inline void weigh_values(const float* weights, const float* keep, const KeyList& list, const T* values, int64_t stride,
+                         int64_t Dv, float* acc, int64_t acc_stride) {
+  constexpr int kVecs = 8 / kRows, kStep = kVecs * Vec::kLanes;
+  int64_t d = 0;
+  for (; d + kStep <= Dv; d += kStep)
+    weigh_columns<kRows, kVecs>(weights, keep, list, values + d, stride, acc + d, acc_stride, AllLanes{});
+  for_each_vec(Dv - d, [&](int64_t i, auto lanes) {
+    weigh_columns<kRows, 1>(weights, keep, list, values + d + i, stride, acc + d + i, acc_stride, lanes);
+  });
+}
+
+// One item's results: rows of acc (Dv padded to registers), their maxima and sums.
+struct Partial {
+  float *acc, *highest, *sum;
+  int64_t stride;
+
+  Partial(float* storage, int64_t Dv)
+      : acc(storage + 2 * kDecodeRows),
+        highest(storage),
+        sum(storage + kDecodeRows),
+        stride(rounded_up(Dv, Vec::kLanes)) {}
+  static int64_t elements(int64_t Dv) { return kDecodeRows * (2 + rounded_up(Dv, Vec::kLanes)); }
+};
+
+template <class T>
+class DecodeItem {
+ public:
+  DecodeItem(const HeadGroup& group, KeyRange keys, Partial partial)
+      : g_(group), p_(group.params), keys_(keys), scale_(p_), partial_(partial) {
+    queries_ = workspace<float>(Slot::attention_q, g_.rows * p_.D);
+    scores_ = workspace<float>(Slot::attention_score, kDecodeRows * kBlock);
+  }
+
+  void run() {
+    for (int64_t r = 0; r < g_.rows; ++r) {
+      const T* q = g_.row<const T>(p_.q, r);
+      for (int64_t d = 0; d < p_.D; ++d) queries_[r * p_.D + d] = to_float(q[d]) * scale_.of_q;
+      partial_.highest[r] = kLowest;
+      partial_.sum[r] = 0.0f;
+      for (int64_t d = 0; d < partial_.stride; ++d) partial_.acc[r * partial_.stride + d] = 0.0f;
+    }
+    for (int64_t key = keys_.begin; key < keys_.end; key += kBlock) visit(intersect({key, key + kBlock}, keys_));
+  }
+
+ private:
+  void visit(KeyRange block) {
+    const T* keys = g_.key_row<const T>(p_.k, block.begin);
+    const T* values = g_.key_row<const T>(p_.v, block.begin);
+    for_row_blocks(g_.rows, [&](int64_t r, auto count) {
+      dot_columns<decltype(count)::value>(queries_ + r * p_.D, keys, p_.k.token_stride, p_.D, block.count(),
+                                          scores_ + r * kBlock, kBlock);
+    });
+    float keep[kDecodeRows];
+    for (int64_t r = 0; r < g_.rows; ++r) {
+      hide(scores_ + r * kBlock, r, block);
+      keep[r] = soften(scores_ + r * kBlock, block.count(), r);
+    }
+    KeyList everyone, someone;
+    sort_keys(block.count(), &everyone, &someone);
+    for_row_blocks(g_.rows, [&](int64_t r, auto count) {
+      weigh_values<decltype(count)::value>(scores_ + r * kBlock, keep + r, everyone, values, p_.v.token_stride, p_.Dv,
+                                           partial_.acc + r * partial_.stride, partial_.stride);
+    });
+    for (int i = 0; i < someone.count; ++i)
+      for (int64_t r = 0; r < g_.rows; ++r) {
+        const float weight = scores_[r * kBlock + someone.key[i]];
+        const T* row = values + someone.key[i] * p_.v.token_stride;
+        float* acc = partial_.acc + r * partial_.stride;
+        if (weight == 0.0f) continue;
+        for_each_vec(p_.Dv, [&](int64_t d, auto lanes) {
+          fma(Vec::set(weight), lanes.load(row + d), Vec::load(acc + d)).store(acc + d);
+        });
+      }
+  }
+
+  // Softcap, mask and band for one row of scores; hidden ones become -inf.
+  void hide(float* scores, int64_t row, KeyRange block) {
+    const int64_t count = block.count();
+    if (scale_.of_tanh != 0.0f)
+      for (int64_t j = 0; j < count; j += Vec::kLanes)
+        (tanh_of(Vec::load(scores + j)) * Vec::set(scale_.of_tanh)).store(scores + j);
+    if (p_.mask.data) {
+      float bias[kBlock];
+      load_mask_row(bias, g_, row, block.begin, count);
+      for (int64_t j = 0; j < count; ++j) scores[j] = bias[j] == -kInfinity ? -kInfinity : scores[j] + bias[j];
+    }
+    const KeyRange seen = g_.keys_of(row);
+    for (int64_t j = 0; j < count && block.begin + j < seen.begin; ++j) scores[j] = -kInfinity;
+    for (int64_t j = seen.end > block.begin ? seen.end - block.begin : 0; j < count; ++j) scores[j] = -kInfinity;
+  }
+
+  // scores -> 2^(score - maximum), 0 where hidden; returns the factor for what was summed before.
+  float soften(float* scores, int64_t count, int64_t row) {
+    const Vec hidden = Vec::set(-kInfinity);
+    const int64_t padded = rounded_up(count, Vec::kLanes);
+    for (int64_t j = count; j < padded; ++j) scores[j] = -kInfinity;
+    const float before = partial_.highest[row];
+    Vec top = Vec::set(before);
+    for (int64_t j = 0; j < padded; j += Vec::kLanes) top = max(Vec::load(scores + j), top);
+    const float now = reduce_max(top);
+    Vec total = Vec::zero();
+    for (int64_t j = 0; j < padded; j += Vec::kLanes) {
+      const Vec s = Vec::load(scores + j);
+      const Vec weight = select(eq(s, hidden), Vec::zero(), exp2_of_gap(s - Vec::set(now)));
+      weight.store(scores + j);
+      total = total + weight;
+    }
+    float keep[Vec::kLanes];
+    exp2_of_gap(Vec::set(before - now)).store(keep);
+    partial_.highest[row] = now;
+    partial_.sum[row] = partial_.sum[row] * keep[0] + reduce_add(total);
+    return keep[0];
+  }
+
+  // Keys that every row sees, and keys that only some do; their values may be NaN for the others.
+  void sort_keys(int64_t count, KeyList* everyone, KeyList* someone) const {
+    for (int64_t j = 0; j < count; ++j) {
+      int64_t rows = 0;
+      for (int64_t r = 0; r < g_.rows; ++r) rows += scores_[r * kBlock + j] != 0.0f;
+      if (rows == 0) continue;
+      KeyList* list = rows == g_.rows ? everyone : someone;
+      list->key[list->count++] = static_cast<int>(j);
+    }
+  }
+
+  const HeadGroup& g_;
+  const AttentionParams& p_;
+  const KeyRange keys_;
+  const ScoreScale scale_;
+  const Partial partial_;
+  float *queries_, *scores_;
+};
+
+// out and lse of one head group from the partial results of its items, which lie one after another.
+template <class T>
+void merge(const HeadGroup& g, float* storage, int64_t items) {
+  const AttentionParams& p = g.params;
+  const int64_t elements = Partial::elements(p.Dv);
+  for (int64_t r = 0; r < g.rows; ++r) {
+    Partial merged(storage, p.Dv);
+    float* acc = merged.acc + r * merged.stride;
+    float highest = merged.highest[r], sum = merged.sum[r];
+    for (int64_t i = 1; i < items; ++i) {
+      const Partial next(storage + i * elements, p.Dv);
+      const float now = next.highest[r] > highest ? next.highest[r] : highest;
+      float keep[Vec::kLanes], weight[Vec::kLanes];
+      exp2_of_gap(Vec::set(highest - now)).store(keep);
+      exp2_of_gap(Vec::set(next.highest[r] - now)).store(weight);
+      for (int64_t d = 0; d < merged.stride; ++d) acc[d] = acc[d] * keep[0] + next.acc[r * next.stride + d] * weight[0];
+      sum = sum * keep[0] + next.sum[r] * weight[0];
+      highest = now;
+    }
+    const Vec factor = Vec::set(sum == 0.0f ? 0.0f : 1.0f / sum);
+    T* out = g.row<T>(p.out, r);
+    for_each_vec(p.Dv, [&](int64_t d, auto lanes) { lanes.store(Vec::load(acc + d) * factor, out + d); });
+    *g.row<float>(p.lse, r) = natural_lse(highest, sum);
+  }
+}
+
+template <class T>
+void decode(const AttentionParams& p) {
+  int64_t all_keys = 0;
+  for (int64_t s = 0; s < p.B; ++s) all_keys += HeadGroup(p, s, 0).Tk;
+  const int threads = threads_for(all_keys * p.Hkv * (p.D + p.Dv), 1 << 16);
+  const ItemList items(p, workspace<int64_t>(Slot::reduction, p.B + 1), [&](int64_t s) {
+    const int64_t Tk = HeadGroup(p, s, 0).Tk;
+    return parts_of(Tk, all_keys * p.Hkv, threads, Tk / kLeastKeys);
+  });
+  const int64_t elements = Partial::elements(p.Dv);
+  float* partials = workspace<float>(Slot::attention_acc, items.count() * elements);
+  for_each_item(items.count(), threads, [&](int64_t index) {
+    const Item item = items[index];
+    const HeadGroup group(p, item.sequence, item.kv_head);
+    const KeyRange seen = group.rows ? group.keys_of_any(0, group.rows - 1) : KeyRange{0, 0};
+    const Range part = slice(seen.empty() ? 0 : seen.count(), item.chunk, item.chunks, Vec::kLanes);
+    float* partial = partials + index * elements;
+    DecodeItem<T>(group, {seen.begin + part.begin, seen.begin + part.end}, Partial(partial, p.Dv)).run();
+    if (item.chunks == 1) merge<T>(group, partial, 1);
+  });
+  if (items.count() == p.B * p.Hkv) return;
+  for_each_item(p.B * p.Hkv, threads, [&](int64_t index) {
+    const int64_t s = index / p.Hkv, kv_head = index % p.Hkv;
+    if (items.chunks(s) > 1)
+      merge<T>(HeadGroup(p, s, kv_head), partials + items.first(s, kv_head) * elements, items.chunks(s));
+  });
+}
+
+}  // namespace
+
+void attention_decode(const AttentionParams& p) {
+  visit_float(p.q.dtype, [&](auto type) { decode<decltype(type)>(p); });
+}
+
+}  // namespace llmfast::LLMFAST_TARGET

@@ -1,0 +1,16 @@
+"""The benchmark suite's engine: what ``llmfast bench`` runs.
+
+It ships inside the package, so that everyone who installs llmfast can measure it on their own machine; a checkout's
+`benchmarks/` holds the results, the log, and a pytest-benchmark view of the same cases.
+
+    limits    what this machine can do at most, measured in the run
+    harness   one case: check every provider first, then time them in turns
+    memory    how much memory a call or a process needs
+    cases     the ops and their sizes
+    peers     how PyTorch computes them
+    steps     training steps of whole models, each provider in a process of its own
+    worker    what such a process does
+    rows      one JSON line a case
+    tables    rows for people, in the terminal and in Markdown
+    report    rows to README.md
+"""

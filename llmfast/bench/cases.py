@@ -1,0 +1,273 @@
+"""The op-level cases: for each op its sizes, its inputs, llmfast's call and the ways that PyTorch has to do the same.
+
+Sizes are those of GPT-2 124M (C=768, F=3072, V=50257, D=64) and of SmolLM2 135M (C=576, F=1536, 9 heads on 3), with few
+enough rows that a processor without bfloat16 instructions, where torch needs seconds for them, gets through.
+`backward` is timed on one graph that is kept; `forward` without gradients.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+import llmfast
+from llmfast import backend, ops, reference
+from llmfast.bench.harness import Case, Contest, Provider, Tensors
+from llmfast.bench.peers import Function, compiled, peers_of
+from llmfast.models import GPT, PRESETS
+
+__all__ = ["OPS", "Options", "cases"]
+
+Size = Literal["full", "quick", "smoke"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to build.
+
+    Attributes:
+        size: full; quick (fewer, smaller); smoke (tiny, odd sizes: a check, not a measurement).
+        compile: also measure ``torch.compile`` of the eager peers.
+        all_isas: a provider for every instruction set that this machine has, not only for the best.
+    """
+
+    size: Size = "full"
+    compile: bool = False
+    all_isas: bool = False
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One op at one size: all that differs between cases."""
+
+    op: str
+    direction: str
+    dims: dict[str, int]
+    inputs: dict[str, tuple[int, ...] | torch.Tensor]  # a shape: random values; a tensor: itself
+    call: dict[str, object]  # keyword arguments other than inputs
+    flops: float
+    values: float  # elements that must be read or written
+    natives: tuple[str, ...]  # its dispatch tables
+
+
+def _contest(work: _Work, dtype: torch.dtype, options: Options) -> Contest:
+    inputs = {
+        name: value if isinstance(value, torch.Tensor) else _random(value, dtype, seed)
+        for seed, (name, value) in enumerate(work.inputs.items())
+    }
+    exact_inputs = {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
+    ours = functools.partial(getattr(ops, work.op), **work.call)
+    providers: dict[str, Provider | str] = {"llmfast": Provider(Function(ours, inputs, work.direction), ours=True)}
+    for isa in _lower_isas(work.natives, dtype) if options.all_isas else []:
+        providers[f"llmfast {isa}"] = Provider(Function(ours, inputs, work.direction), isa=isa, ours=True)
+
+    peers = peers_of(work.op, work.call, dtype)
+    baseline = next(iter(peers))
+    for name, peer in peers.items():
+        if isinstance(peer, str):
+            providers[name] = peer
+        elif peer.differentiable or work.direction == "forward":
+            providers[name] = Provider(Function(peer.function, inputs, work.direction), slack=peer.slack)
+    if options.compile:
+        function = Function(compiled(peers[baseline].function), inputs, work.direction)
+        providers["torch.compile"] = Provider(function, compiles=True)
+    else:
+        providers["torch.compile"] = "not asked for (--compile)"
+    oracle = functools.partial(getattr(reference, work.op), **work.call)
+    return Contest(Function(oracle, exact_inputs, work.direction), baseline, providers)
+
+
+def _function_case(work: _Work, dtype: torch.dtype, options: Options) -> Case:
+    return Case(
+        op=work.op,
+        direction=work.direction,
+        dtype=dtype,
+        dims=work.dims,
+        flops=int(work.flops),
+        moved=int(work.values * dtype.itemsize),
+        build=lambda: _contest(work, dtype, options),
+        memory=work.op in ("attention", "linear_cross_entropy", "ffn") and options.size == "full",
+        options={name: value for name, value in work.call.items() if value not in (None, False)},
+    )
+
+
+def _random(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Normal values; matrices of weights ``[N, K]`` scaled so that products stay of order one."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    if len(shape) == 2 and seed > 0:
+        values *= shape[1] ** -0.5
+    return values.to(dtype)
+
+
+def _lower_isas(natives: Iterable[str], dtype: torch.dtype) -> list[str]:
+    """Instruction sets below the best that have a row of their own for the op."""
+    name = str(dtype).removeprefix("torch.")
+    rows = [row for op in natives if op in backend.ops() for row in backend.implementations(op)]
+    isas = {row["isa"] for row in rows if row["available"] and name in row["dtypes"]}
+    return sorted(isas, key=backend.ISAS.index, reverse=True)[1:]
+
+
+def _linear(M: int, K: int, N: int, direction: str) -> _Work:
+    both = 2 if direction == "backward" else 1
+    inputs = {"x": (M, K), "weight": (N, K), "bias": (N,)}
+    values = both * (M * K + N * K) + M * N
+    natives = ("linear_backward",) if direction == "backward" else ("linear",)
+    return _Work("linear", direction, {"M": M, "K": K, "N": N}, inputs, {}, both * 2 * M * N * K, values, natives)
+
+
+def _ffn(M: int, C: int, width: int, activation: str, gated: bool, direction: str) -> _Work:
+    inputs: dict = {"x": (M, C), "up_weight": (width, C), "down_weight": (C, width)}
+    if gated:
+        inputs["gate_weight"] = (width, C)
+        call: dict = {"up_bias": None, "down_bias": None, "activation": activation}
+    else:
+        inputs.update(up_bias=(width,), down_bias=(C,))
+        call = {"activation": activation}
+    matrices = 3 if gated else 2
+    times = 3 if direction == "forward+backward" else 1
+    dims = {"M": M, "C": C, "F": width}
+    values = 2 * M * C + matrices * C * width * (2 if times == 3 else 1)
+    return _Work("ffn", direction, dims, inputs, call, times * 2 * matrices * M * C * width, values, ("ffn",))
+
+
+def _norm(op: str, M: int, C: int, direction: str) -> _Work:
+    inputs: dict = {"x": (M, C), "residual": (M, C), "weight": (C,)}
+    if op == "add_layer_norm":
+        inputs["bias"] = (C,)
+    natives = (op,) if direction == "forward" else (f"{op}_backward",)
+    # forward: x, residual in; normed, summed out. backward: their gradients and summed in, one gradient out
+    return _Work(op, direction, {"M": M, "C": C}, inputs, {}, 0, 4 * M * C, natives)
+
+
+def _attention(B: int, Hq: int, Hkv: int, Tq: int, Tk: int, D: int, direction: str, **call) -> _Work:
+    inputs = {"q": (B, Hq, Tq, D), "k": (B, Hkv, Tk, D), "v": (B, Hkv, Tk, D)}
+    visible = reference.visible(Tq, Tk, causal=call.get("causal", False), window=call.get("window"))
+    products = {"forward": 2, "backward": 5}[direction]  # backward: S again, dP, dQ, dK, dV
+    flops = products * 2 * B * Hq * D * visible.sum().item()
+    values = (2 * B * Hq * Tq * D + 2 * B * Hkv * Tk * D) * (2 if direction == "backward" else 1)
+    dims = {"B": B, "Hq": Hq, "Hkv": Hkv, "Tq": Tq, "Tk": Tk, "D": D}
+    natives = ("attention",) if direction == "forward" else ("attention_backward",)
+    return _Work("attention", direction, dims, inputs, call, flops, values, natives)
+
+
+def _cross_entropy(M: int, C: int, V: int) -> _Work:
+    target = torch.randint(V, (M,), generator=torch.Generator().manual_seed(0))
+    inputs = {"x": (M, C), "weight": (V, C), "target": target}
+    values = 2 * (M * C + V * C)
+    natives = ("linear_cross_entropy", "linear_cross_entropy_backward")
+    dims = {"M": M, "C": C, "V": V}
+    return _Work("linear_cross_entropy", "forward+backward", dims, inputs, {}, 6 * M * C * V, values, natives)
+
+
+def _work(op: str, size: Size) -> list[_Work]:
+    """The sizes of one op."""
+    few = {"full": 512, "quick": 128, "smoke": 7}[size]
+    if op == "linear":
+        if size == "smoke":
+            return [_linear(7, 33, 19, "forward"), _linear(7, 33, 19, "backward")]
+        work = [_linear(16, 768, 3072, "forward"), _linear(2 * few, 768, 3072, "forward")]
+        if size == "full":
+            work.append(_linear(2 * few, 3072, 768, "forward"))
+        return [*work, _linear(few, 768, 3072, "backward")]
+    if op == "ffn":
+        C, width = (33, 70) if size == "smoke" else (768, 3072)
+        work = [_ffn(few, C, width, "gelu_tanh", False, d) for d in ("forward", "forward+backward")]
+        if size != "quick":
+            C, width = (33, 70) if size == "smoke" else (576, 1536)
+            work.append(_ffn(few, C, width, "silu", True, "forward+backward"))
+        return work
+    if op in ("add_layer_norm", "add_rms_norm"):
+        shapes = [(5, 33)] if size == "smoke" else [(4096, 768)]
+        if size == "full" and op == "add_layer_norm":
+            shapes.append((65536, 768))  # far beyond the caches
+        return [_norm(op, *shape, direction) for shape in shapes for direction in ("forward", "backward")]
+    if op == "attention":
+        if size == "smoke":
+            return [_attention(2, 4, 2, 9, 9, 20, d, causal=True) for d in ("forward", "backward")]
+        B = 2 if size == "full" else 1
+        work = [_attention(B, 12, 12, 1024, 1024, 64, d, causal=True) for d in ("forward", "backward")]
+        if size == "full":
+            work += [_attention(1, 9, 3, 2048, 2048, 64, d, causal=True, window=256) for d in ("forward", "backward")]
+            work.append(_attention(1, 8, 8, 1024, 1024, 128, "forward", causal=True))
+            work.append(_attention(8, 12, 12, 1, 1024, 64, "forward", causal=True))
+        return work
+    if op == "linear_cross_entropy":
+        return [_cross_entropy(*{"full": (128, 768, 50257), "quick": (128, 256, 8192), "smoke": (7, 33, 101)}[size])]
+    raise ValueError(f"op: got {op!r}, expected one of {', '.join(OPS)}")
+
+
+def _adamw_case(dtype: torch.dtype, options: Options) -> Case:
+    """All tensors of a GPT in one step. Correctness: 3 steps of a few odd shapes, because the first alone hides `v`."""
+    preset = {"full": "gpt2", "quick": "gpt-mini", "smoke": "gpt-nano"}[options.size]
+    with torch.device("meta"):
+        shapes = [p.shape for p in GPT(PRESETS[preset]).parameters()]
+    count = sum(shape.numel() for shape in shapes)
+    settings = dict(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+
+    def steps(make: Callable, wide: bool = False) -> Tensors:
+        odd = [(7,), (33, 5), (130, 67), (1,)]
+        parameters = [_random(s, dtype, seed=i) for i, s in enumerate(odd)]
+        parameters = [(p.double() if wide else p).requires_grad_() for p in parameters]
+        optimizer = make(parameters, **settings)
+        for step in range(3):
+            for i, p in enumerate(parameters):
+                p.grad = _random(p.shape, dtype, seed=100 * step + i).to(p.dtype)
+            optimizer.step()
+        return tuple(p.detach() for p in parameters)
+
+    def build() -> Contest:
+        parameters = [_random(shape, dtype, seed=i) for i, shape in enumerate(shapes)]
+        for p in parameters:  # shared by the providers: each has its own moments
+            p.grad = torch.full_like(p, 1e-3)
+
+        def provider(make: Callable, **how) -> Provider:
+            made: list = []
+
+            def run() -> None:
+                if not made:
+                    made.append(make(parameters, **settings))
+                made[0].step()
+
+            return Provider(run, lambda: steps(make), **how)
+
+        providers: dict[str, Provider | str] = {
+            "llmfast": provider(lambda *a, **k: llmfast.AdamW(*a, **k), ours=True),
+            "torch fused": provider(lambda p, **k: torch.optim.AdamW(p, fused=True, **k)),
+            "torch foreach": provider(lambda p, **k: torch.optim.AdamW(p, foreach=True, **k)),
+        }
+        oracle = lambda: steps(lambda p, **k: torch.optim.AdamW(p, foreach=False, **k), wide=True)  # noqa: E731
+        return Contest(oracle, "torch fused", providers)
+
+    dims = {"tensors": len(shapes), "parameters": count}
+    # reads parameter, gradient and two float32 moments; writes all but the gradient
+    moved = count * (3 * dtype.itemsize + 4 * 4)
+    return Case("AdamW", "step", dtype, dims, 12 * count, moved, build)
+
+
+OPS = ("linear", "ffn", "attention", "add_layer_norm", "add_rms_norm", "linear_cross_entropy", "AdamW")
+
+
+def cases(
+    options: Options, only: Iterable[str] | None = None, dtypes: Iterable[torch.dtype] = (torch.float32,)
+) -> list:
+    """The cases of the ops named in `only` (default: all), for each dtype.
+
+    Raises:
+        ValueError: `only` names something else.
+    """
+    wanted = list(OPS if only is None else only)
+    unknown = [op for op in wanted if op not in OPS]
+    if unknown:
+        raise ValueError(f"only: got {', '.join(unknown)}, expected some of {', '.join(OPS)}")
+    found = []
+    for dtype in dtypes:
+        for op in wanted:
+            if op != "AdamW":
+                found += [_function_case(work, dtype, options) for work in _work(op, options.size)]
+            elif dtype == torch.float32:  # torch keeps no float32 copy of narrow parameters: nothing to compare with
+                found.append(_adamw_case(dtype, options))
+    return found

@@ -1,0 +1,91 @@
+"""Regenerates the generated parts of README.md: the benchmark table from result files, the support matrix from the
+dispatch tables.
+
+    python benchmarks/report.py            # rewrites README.md
+    python benchmarks/report.py --check    # exits 1 if that would change it
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from llmfast import backend
+from llmfast.bench import rows, tables
+
+__all__ = ["main", "replace_between", "results_section", "support_section"]
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def replace_between(text: str, marker: str, body: str) -> str:
+    """`text` with what stands between ``<!-- marker:start -->`` and ``<!-- marker:end -->`` replaced.
+
+    Raises:
+        ValueError: the two markers are not there, once each and in order.
+    """
+    start, end = f"<!-- {marker}:start -->", f"<!-- {marker}:end -->"
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+        raise ValueError(f"text: expected {start} and then {end}, once each")
+    before, rest = text.split(start)
+    after = rest.split(end)[1]
+    return f"{before}{start}\n{body.strip()}\n{end}{after}"
+
+
+def results_section(results: Sequence[dict]) -> str:
+    """The benchmark tables, one a machine; models before ops, else in the order of the run."""
+    if not results:
+        return "No results yet: `llmfast bench all --json benchmarks/results/NAME.jsonl` measures this machine."
+    machines: dict[str, list[dict]] = {}
+    for row in rows.latest(results):
+        machines.setdefault(f"{row['machine']['cpu']} {row['threads']} {row['isa']}", []).append(row)
+    parts = []
+    for found in machines.values():
+        found.sort(key=lambda row: row["kind"] != "model")
+        newest = max(found, key=lambda row: row["date"])
+        commits = sorted({(row["commit"] or "unknown")[:10] for row in found})
+        parts.append(f"{tables.headline(newest)}. {newest['date'][:10]}, commit {', '.join(commits)}.")
+        parts.append(tables.markdown(found))
+    parts.append(
+        "Medians ± half the interquartile range, everything in one run with interleaved calls, after a check against "
+        "float64 (ops) or float32 losses (models). *Best of the others*: the fastest way PyTorch or transformers has, "
+        "whatever its dtype for models. *Of limit*: share of what the machine can do at most, measured in the same "
+        "run. MB: peak of the process (models) or of one call (ops). Commands and raw numbers: `benchmarks/results/`."
+    )
+    return "\n\n".join(parts)
+
+
+def support_section() -> str:
+    """Op by target, the cells naming the dtypes, from the dispatch tables of the module that is installed."""
+    order = [isa for isa in reversed(backend.ISAS)]
+    lines = ["| op | " + " | ".join(order) + " |", "|---|" + "---|" * len(order)]
+    for op in backend.ops():
+        found = {row["isa"]: row["dtypes"] for row in backend.implementations(op)}
+        names = [" ".join(tables.SHORT[d] for d in DTYPES if d in found.get(isa, ())) or "–" for isa in order]
+        lines.append(f"| `{op}` | " + " | ".join(names) + " |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python benchmarks/report.py", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="folder of .jsonl files")
+    parser.add_argument("--part", choices=("all", "bench", "support"), default="all")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the file is stale")
+    options = parser.parse_args(arguments)
+
+    before = options.readme.read_text(encoding="utf-8")
+    after = before
+    if options.part in ("all", "bench"):
+        after = replace_between(after, "bench", results_section(rows.read(sorted(options.results.glob("*.jsonl")))))
+    if options.part in ("all", "support"):
+        after = replace_between(after, "support", support_section())
+    if options.check:
+        if after != before:
+            print(f"{options.readme} is stale: run python benchmarks/report.py", file=sys.stderr)
+        return int(after != before)
+    options.readme.write_text(after, encoding="utf-8")
+    return 0

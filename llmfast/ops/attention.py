@@ -1,0 +1,443 @@
+"""``attention``: masked attention over dense batches or packed sequences; nothing of size Tq x Tk is ever stored."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from llmfast import backend, reference
+from llmfast.ops._native_op import NativeOp, autocast, check_dtype, check_floating, check_shape, check_tensor
+
+__all__ = ["attention", "scaled_dot_product_attention", "varlen_attention"]
+
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+
+Window = int | tuple[int, int] | None
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    mask: torch.Tensor | None = None,
+    window: Window = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Softmax attention: ``out[i] = sum_j softmax_j(scale * q[i] . k[j]) v[j]`` over the keys that query i sees.
+
+    Query head h reads key/value head ``h // (Hq / Hkv)``. With Tq != Tk the queries are the last ones: query i stands
+    at position ``i + Tk - Tq``.
+
+    Args:
+        q: ``[B, Hq, Tq, D]``, float32, bfloat16 or float16. Any strides; a last dimension whose stride is not 1 costs a
+            copy, counted in ``llmfast.backend.info()``.
+        k: ``[B, Hkv, Tk, D]``, dtype of `q`; Hq is a multiple of Hkv.
+        v: ``[B, Hkv, Tk, Dv]``, dtype of `q`.
+        causal: a query sees no key after its own position.
+        mask: broadcastable to ``[B, Hq, Tq, Tk]`` (read by stride, never expanded in memory). Boolean: True where a
+            query may look. Floating: added to the scores, -inf hides.
+        window: ``w``: a query sees itself and the w - 1 keys before it. ``(left, right)``: that many keys before and
+            after its position, and itself; -1 for no limit.
+        scale: factor of the scores; default ``1 / sqrt(D)``.
+        softcap: c > 0 turns scores s into ``c * tanh(s / c)``, before masks.
+
+    Returns:
+        ``[B, Hq, Tq, Dv]``, dtype of `q`. Its memory has the order of q's: where q is a transposed ``[B, Tq, Hq, D]``,
+        ``out.transpose(1, 2).flatten(2)`` is a view.
+
+    A query that sees nothing gives zeros, and so do its gradients. What a hidden key or value holds, NaN included, does
+    not matter. A floating mask that requires a gradient runs in plain torch (counted). Under autocast, q, k and v are
+    cast to its dtype.
+
+    Raises:
+        TypeError: a dtype is unsupported or differs from q's. ValueError: a shape, device, window or softcap does not
+        fit.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 2, 8, 16, 64)
+        >>> llmfast.attention(q, k, v, causal=True).shape
+        torch.Size([2, 8, 16, 64])
+    """
+    q, k, v = _checked(q, k, v, 4)
+    _check_mask(mask, q, k)
+    left, right = _band(causal, window)
+    scale, softcap = _score_options(q, scale, softcap)
+    reason = _why_not_native(q, mask)
+    if reason:
+        backend.count_fallback("attention", reason)
+        return reference.attention(
+            q, k, v, causal=causal, mask=mask, window=window, scale=scale, softcap=softcap if softcap else None
+        )
+    return _attention(q, k, v, mask, left, right, scale, softcap)[0]
+
+
+def varlen_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    *,
+    causal: bool = False,
+    window: Window = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """`attention` within each of B sequences that lie one after another, without padding.
+
+    Args:
+        q: ``[total queries, Hq, D]``. k: ``[total keys, Hkv, D]``. v: ``[total keys, Hkv, Dv]``.
+        cu_seqlens_q, cu_seqlens_k: ``[B + 1]``, int32 or int64: sequence s owns queries ``cu_seqlens_q[s]`` up to
+            ``cu_seqlens_q[s + 1]``. They start at 0, never decrease and end at the total; lengths of 0 are fine.
+        causal, window, scale, softcap: as in `attention`, for each sequence on its own.
+
+    Returns:
+        ``[total queries, Hq, Dv]``, contiguous.
+
+    Raises:
+        TypeError, ValueError: as `attention` does, and for offsets that do not fit.
+
+    Example:
+        >>> bounds = torch.tensor([0, 3, 10])
+        >>> llmfast.varlen_attention(*torch.randn(3, 10, 8, 64), bounds, bounds, causal=True).shape
+        torch.Size([10, 8, 64])
+    """
+    q, k, v = _checked(q, k, v, 3)
+    for name, bounds in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        check_tensor(name, bounds)
+        if bounds.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name}: got dtype {bounds.dtype}, expected int32 or int64")
+        if bounds.dim() != 1 or bounds.shape[0] < 1:
+            raise ValueError(f"{name}: got shape {tuple(bounds.shape)}, expected (B + 1,)")
+    check_shape("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape)
+    left, right = _band(causal, window)
+    scale, softcap = _score_options(q, scale, softcap)
+    reason = _why_not_native(q, None)
+    if reason:
+        backend.count_fallback("varlen_attention", reason)
+        return reference.varlen_attention(
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            causal=causal,
+            window=window,
+            scale=scale,
+            softcap=softcap if softcap else None,
+        )
+    return _varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, left, right, scale, softcap)[0]
+
+
+def scaled_dot_product_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention` on `attention`'s kernels, same arguments and results.
+
+    `is_causal` aligns top-left: query i sees keys 0..i. What the kernels do not take (dropout, float64, more than four
+    dimensions, other devices, a mask that requires a gradient) goes to torch's own function, counted in
+    ``llmfast.backend.info()``.
+
+    Args:
+        query: ``[B, Hq, L, E]`` or ``[H, L, E]``. key: ``[B, Hkv, S, E]``. value: ``[B, Hkv, S, Ev]``.
+        attn_mask: boolean (True: look) or additive, broadcastable to ``[B, Hq, L, S]``; not together with `is_causal`.
+        enable_gqa: allows Hkv < Hq.
+
+    Returns:
+        ``[B, Hq, L, Ev]``, laid out as `query` is.
+
+    Raises:
+        TypeError, ValueError: as `attention` does. RuntimeError: what torch's own function rejects.
+
+    Example:
+        >>> q = torch.randn(2, 8, 16, 64)
+        >>> llmfast.scaled_dot_product_attention(q, q, q, is_causal=True).shape
+        torch.Size([2, 8, 16, 64])
+    """
+    reason = _why_not_twin(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    if reason:
+        backend.count_fallback("scaled_dot_product_attention", reason)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    q, k, v = (query, key, value) if query.dim() == 4 else (query[None], key[None], value[None])
+    q, k, v = _checked(q, k, v, 4)
+    _check_mask(attn_mask, q, k)
+    right = q.shape[2] - k.shape[2] if is_causal else None
+    out = _attention(q, k, v, attn_mask, None, right, *_score_options(q, scale, None))[0]
+    return out[0] if query.dim() == 3 else out
+
+
+def _why_not_twin(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa) -> str | None:
+    if dropout_p != 0.0:
+        return "dropout"
+    if is_causal and attn_mask is not None:
+        return "both attn_mask and is_causal"
+    if not (query.dim() == key.dim() == value.dim() and query.dim() in (3, 4)):
+        return f"{query.dim()} dimensions"
+    if query.dtype not in _FLOATING:
+        return f"dtype {query.dtype}"
+    if not (_shapes_fit(query.shape, key.shape, value.shape, -3) and (enable_gqa or query.shape[-3] == key.shape[-3])):
+        return "shapes to broadcast"
+    return _why_not_native(query, attn_mask)
+
+
+def _why_not_native(q: torch.Tensor, mask: torch.Tensor | None) -> str | None:
+    if not q.is_cpu:
+        return f"no kernel for device {q.device.type}"
+    if mask is not None and mask.requires_grad and torch.is_grad_enabled():
+        return "a mask that requires a gradient"
+    return None
+
+
+def _checked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dims: int):
+    """q, k and v, cast if autocast is on. Good ones pass on a few comparisons; else `_explain` says what is wrong."""
+    tensors = isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)
+    if tensors and torch.is_autocast_enabled("cpu" if q.is_cpu else q.device.type):
+        q, k, v = autocast(q, k, v)
+    fit = tensors and q.dtype in _FLOATING and q.dtype == k.dtype == v.dtype and q.device == k.device == v.device
+    if not (fit and q.dim() == k.dim() == v.dim() == dims and _shapes_fit(q.shape, k.shape, v.shape)):
+        _explain(q, k, v, dims)
+    return q, k, v
+
+
+def _shapes_fit(q, k, v, heads: int = 1) -> bool:
+    """Shapes with heads in dimension `heads`; batches are the dimensions before heads and tokens."""
+    if q[-1] != k[-1] or q[-1] < 1 or v[-1] < 1 or k[:-1] != v[:-1] or (len(q) == 4 and q[0] != k[0]):
+        return False
+    return k[heads] > 0 and q[heads] > 0 and q[heads] % k[heads] == 0
+
+
+def _explain(q, k, v, dims: int) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_floating(name, tensor)
+        check_dtype(name, tensor, "q", q)
+        if tensor.dim() != dims:
+            layout = "[B, H, T, D]" if dims == 4 else "[T, H, D]"
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {dims} dimensions {layout}")
+    if dims == 4:
+        check_shape("k", k, (q.shape[0], "Hkv", "Tk", q.shape[3]))
+        check_shape("v", v, (q.shape[0], k.shape[1], k.shape[2], "Dv"))
+    else:
+        check_shape("k", k, ("Tk", "Hkv", q.shape[2]))
+        check_shape("v", v, (k.shape[0], k.shape[1], "Dv"))
+    Hq, Hkv = q.shape[1], k.shape[1]
+    if Hkv < 1 or Hq < 1 or Hq % Hkv:
+        raise ValueError(f"q: got {Hq} heads, expected a multiple of k's {Hkv} heads, at least one")
+    raise ValueError(f"q, v: got head dims {q.shape[-1]} and {v.shape[-1]}, expected at least 1")
+
+
+def _check_mask(mask: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor) -> None:
+    if mask is None:
+        return
+    check_tensor("mask", mask)
+    if mask.dtype != torch.bool:
+        if not mask.is_floating_point():
+            raise TypeError(f"mask: got dtype {mask.dtype}, expected bool or a floating dtype")
+        check_floating("mask", mask)
+    if mask.device != q.device:
+        raise ValueError(f"mask: got a tensor on {mask.device}, expected {q.device} as q is")
+    full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    if mask.dim() > 4 or any(m not in (1, size) for m, size in zip(reversed(mask.shape), reversed(full))):
+        raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected one that broadcasts to {full}")
+
+
+def _band(causal: bool, window: Window) -> tuple[int | None, int | None]:
+    """How many keys before and after its position a query sees; None: no limit."""
+    if window is None:
+        return None, 0 if causal else None
+    if isinstance(window, int) and not isinstance(window, bool):
+        if window < 1:
+            raise ValueError(f"window: got {window}, expected at least 1")
+        left, right = window - 1, 0
+    else:
+        if not (isinstance(window, tuple | list) and len(window) == 2 and all(isinstance(w, int) for w in window)):
+            raise TypeError(f"window: got {window!r}, expected an int or a pair (left, right)")
+        if min(window) < -1:
+            raise ValueError(f"window: got {window!r}, expected distances of at least 0, or -1 for no limit")
+        left, right = (None if w == -1 else w for w in window)
+    return left, 0 if causal else right
+
+
+def _score_options(q: torch.Tensor, scale: float | None, softcap: float | None) -> tuple[float, float]:
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap: got {softcap}, expected a positive number or None")
+    return 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale), float(softcap or 0.0)
+
+
+def _empty_like_heads(x: torch.Tensor, D: int | None = None) -> torch.Tensor:
+    """An uninitialised tensor of x's shape (with last dimension D), dense, heads and tokens nested as x nests them."""
+    if D is None:
+        D = x.shape[-1]
+    if x.dim() == 4 and x.stride(1) < x.stride(2):
+        B, H, T, _ = x.shape
+        return x.new_empty((B, T, H, D)).transpose(1, 2)
+    return x.new_empty((*x.shape[:-1], D))
+
+
+def _unit_stride(op: str, name: str, x: torch.Tensor) -> torch.Tensor:
+    if x.stride(-1) == 1 or x.shape[-1] == 1:
+        return x
+    backend.count_fallback(op, f"copies {name}, whose last dimension has stride {x.stride(-1)}")
+    return x.contiguous()
+
+
+def _rows(op: str, q, k, v):
+    return _unit_stride(op, "q", q), _unit_stride(op, "k", k), _unit_stride(op, "v", v)
+
+
+def _rows_of_gradient(grad: torch.Tensor) -> torch.Tensor:
+    """Gradients come in any layout (that of a sum has strides 0); the copy is as small as the output."""
+    return grad if grad.stride(-1) == 1 or grad.shape[-1] == 1 else grad.contiguous()
+
+
+def _full_mask(mask: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
+    return None if mask is None else mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+
+
+def _forward(q, k, v, mask, left, right, scale: float, softcap: float):
+    out, lse = _forward_fake(q, k, v, mask, left, right, scale, softcap)
+    q, k, v = _rows("attention", q, k, v)
+    backend.native().attention_forward(
+        out, lse, q, k, v, _full_mask(mask, q, k), None, None, left, right, scale, softcap
+    )
+    return out, lse
+
+
+def _forward_fake(q, k, v, mask, left, right, scale: float, softcap: float):
+    return _empty_like_heads(q, v.shape[-1]), q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+def _backward(grad, q, k, v, out, lse, mask, left, right, scale: float, softcap: float):
+    grads = _backward_fake(grad, q, k, v, out, lse, mask, left, right, scale, softcap)
+    q, k, v = _rows("attention_backward", q, k, v)
+    backend.native().attention_backward(
+        *grads,
+        _rows_of_gradient(grad),
+        out,
+        lse,
+        q,
+        k,
+        v,
+        _full_mask(mask, q, k),
+        None,
+        None,
+        left,
+        right,
+        scale,
+        softcap,
+    )
+    return grads
+
+
+def _backward_fake(grad, q, k, v, out, lse, mask, left, right, scale: float, softcap: float):
+    return _empty_like_heads(q), _empty_like_heads(k), _empty_like_heads(v)
+
+
+def _varlen_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, left, right, scale: float, softcap: float):
+    out, lse = _varlen_forward_fake(q, k, v, cu_seqlens_q, cu_seqlens_k, left, right, scale, softcap)
+    q, k, v = _rows("varlen_attention", q, k, v)
+    backend.native().attention_forward(out, lse, q, k, v, None, cu_seqlens_q, cu_seqlens_k, left, right, scale, softcap)
+    return out, lse
+
+
+def _varlen_forward_fake(q, k, v, cu_seqlens_q, cu_seqlens_k, left, right, scale: float, softcap: float):
+    T, Hq, _ = q.shape
+    return q.new_empty((T, Hq, v.shape[-1])), q.new_empty((Hq, T), dtype=torch.float32)
+
+
+def _varlen_backward(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, left, right, scale: float, softcap: float):
+    grads = _empty_like_heads(q), _empty_like_heads(k), _empty_like_heads(v)
+    q, k, v = _rows("varlen_attention_backward", q, k, v)
+    backend.native().attention_backward(
+        *grads,
+        _rows_of_gradient(grad),
+        out,
+        lse,
+        q,
+        k,
+        v,
+        None,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        left,
+        right,
+        scale,
+        softcap,
+    )
+    return grads
+
+
+def _varlen_backward_fake(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, left, right, scale, softcap):
+    return _empty_like_heads(q), _empty_like_heads(k), _empty_like_heads(v)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    q, k, v, mask, *ctx.options = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse, mask)
+
+
+def _gradient(ctx, grad, _):
+    grads = attention_backward(grad, *ctx.saved_tensors, *ctx.options)
+    return *_needed(ctx, grads), None, None, None, None, None
+
+
+def _varlen_setup_context(ctx, inputs, output) -> None:
+    q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.options = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k)
+
+
+def _varlen_gradient(ctx, grad, _):
+    grads = varlen_attention_backward(grad, *ctx.saved_tensors, *ctx.options)
+    return *_needed(ctx, grads), None, None, None, None, None, None
+
+
+def _needed(ctx, grads):
+    return (g if need else None for g, need in zip(grads, ctx.needs_input_grad))
+
+
+_OPTIONS = "SymInt? left, SymInt? right, float scale, float softcap"
+
+attention_backward = NativeOp(
+    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? mask, "
+    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+_attention = NativeOp(
+    f"attention_forward(Tensor q, Tensor k, Tensor v, Tensor? mask, {_OPTIONS}) -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    _setup_context,
+    _gradient,
+)
+varlen_attention_backward = NativeOp(
+    "varlen_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens_q, "
+    f"Tensor cu_seqlens_k, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    _varlen_backward,
+    _varlen_backward_fake,
+)
+_varlen_attention = NativeOp(
+    "varlen_attention_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+    f"{_OPTIONS}) -> (Tensor, Tensor)",
+    _varlen_forward,
+    _varlen_forward_fake,
+    _varlen_setup_context,
+    _varlen_gradient,
+)

@@ -1,0 +1,166 @@
+"""``embedding``: token (and position) embedding lookup in one pass, with a deterministic gradient."""
+
+from __future__ import annotations
+
+import torch
+
+from llmfast import backend, reference
+from llmfast.ops._native_op import NativeOp, check_dtype, check_floating, check_shape, check_tensor
+
+__all__ = ["embedding"]
+
+
+def embedding(
+    input_ids: torch.Tensor,
+    weight: torch.Tensor,
+    position_weight: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """``weight[input_ids] + position_weight[position_ids]``, added in float32 and rounded once.
+
+    Args:
+        input_ids: ``[..., T]``, int64 or int32, any strides.
+        weight: ``[V, C]``, float32, bfloat16 or float16; rows that are not contiguous are copied.
+        position_weight: ``[P, C]``, dtype of `weight`, or None for no positions.
+        position_ids: int64 or int32, broadcastable to the shape of `input_ids`; default 0 .. T-1 along the last
+            dimension.
+        out_dtype: dtype of the result; default that of `weight`.
+
+    Returns:
+        ``[..., T, C]``, contiguous. The gradients of both weights are dense, summed in float32 in the order of the ids
+        (bitwise the same for any number of threads) and rounded once.
+
+    Autocast casts nothing here.
+
+    Raises:
+        ValueError: an id is out of range (its value and position are named, before any memory is touched), or a shape
+        or device does not fit. TypeError: a dtype is unsupported.
+
+    Example:
+        >>> llmfast.embedding(torch.tensor([[1, 2]]), torch.randn(10, 4), torch.randn(8, 4)).shape
+        torch.Size([1, 2, 4])
+    """
+    _check(input_ids, weight, position_weight, position_ids, out_dtype)
+    if position_ids is not None:
+        position_ids = position_ids.expand(input_ids.shape)
+    if weight.device.type != "cpu":
+        backend.count_fallback("embedding", f"no kernel for device {weight.device.type}")
+        return reference.embedding(input_ids, weight, position_weight, position_ids, out_dtype=out_dtype)
+    return _embedding(input_ids, weight, position_weight, position_ids, out_dtype)
+
+
+def _check_ids(name: str, ids: torch.Tensor, weight: torch.Tensor) -> None:
+    check_tensor(name, ids)
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: got dtype {ids.dtype}, expected int64 or int32")
+    if ids.device != weight.device:
+        raise ValueError(f"{name}: got a tensor on {ids.device}, expected {weight.device} as weight is")
+
+
+def _check(input_ids, weight, position_weight, position_ids, out_dtype) -> None:
+    check_floating("weight", weight)
+    check_shape("weight", weight, ("V", "C"))
+    _check_ids("input_ids", input_ids, weight)
+    if position_weight is None:
+        if position_ids is not None:
+            raise ValueError("position_ids: got a tensor, expected None without position_weight")
+    else:
+        check_dtype("position_weight", position_weight, "weight", weight)
+        check_shape("position_weight", position_weight, ("P", weight.shape[1]))
+        if position_ids is None:
+            T = input_ids.shape[-1] if input_ids.dim() else 1
+            if position_weight.shape[0] < T:
+                shape = tuple(position_weight.shape)
+                raise ValueError(f"position_weight: got shape {shape}, expected at least {T} rows, one per position")
+        else:
+            _check_ids("position_ids", position_ids, weight)
+            _check_broadcast(position_ids.shape, input_ids.shape)
+    if out_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"out_dtype: got {out_dtype}, expected float32, bfloat16 or float16")
+
+
+def _check_broadcast(shape: torch.Size, target: torch.Size) -> None:
+    if len(shape) > len(target) or any(s not in (1, t) for s, t in zip(reversed(shape), reversed(target))):
+        raise ValueError(f"position_ids: got shape {tuple(shape)}, expected one that broadcasts to {tuple(target)}")
+
+
+def _contiguous_rows(t: torch.Tensor | None) -> torch.Tensor | None:
+    return t if t is None or t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
+
+
+def _ids(t: torch.Tensor | None) -> torch.Tensor | None:
+    """As the kernels take them: one to five dimensions."""
+    if t is None or 1 <= t.dim() <= 5:
+        return t
+    return t.reshape(-1, t.shape[-1]) if t.dim() else t.view(1)
+
+
+def _output(input_ids, weight, position_weight, position_ids, out_dtype: torch.dtype | None) -> torch.Tensor:
+    return weight.new_empty((*input_ids.shape, weight.shape[1]), dtype=out_dtype)
+
+
+def _forward(input_ids, weight, position_weight, position_ids, out_dtype: torch.dtype | None) -> torch.Tensor:
+    out = _output(input_ids, weight, position_weight, position_ids, out_dtype)
+    ids = _ids(input_ids)
+    backend.native().embedding_forward(
+        out.view(*ids.shape, weight.shape[1]),
+        ids,
+        _contiguous_rows(weight),
+        _contiguous_rows(position_weight),
+        _ids(position_ids),
+    )
+    return out
+
+
+def _grad_output(grad: torch.Tensor, ids: torch.Tensor | None, V: int, dtype: torch.dtype) -> torch.Tensor:
+    return grad.new_empty((V, grad.shape[-1]), dtype=dtype)
+
+
+def _backward(grad: torch.Tensor, ids: torch.Tensor | None, V: int, dtype: torch.dtype) -> torch.Tensor:
+    """Gradient of a table [V, C]; without ids, of the rows 0 .. T-1 for each sequence of grad."""
+    C = grad.shape[-1]
+    grad_weight = _grad_output(grad, ids, V, dtype)
+    if ids is not None and ids.dim() != grad.dim() - 1:
+        raise ValueError(f"ids: got shape {tuple(ids.shape)} for a gradient of shape {tuple(grad.shape)}")
+    if ids is not None:
+        ids = _ids(ids)
+        grad = grad.reshape(*ids.shape, C)
+    elif not 2 <= grad.dim() <= 6:
+        grad = grad.reshape(-1, grad.shape[-2] if grad.dim() > 1 else 1, C)
+    backend.native().embedding_backward(grad_weight, _contiguous_rows(grad), ids)
+    return grad_weight
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    input_ids, weight, position_weight, position_ids, _ = inputs
+    ctx.save_for_backward(input_ids, position_ids)
+    ctx.V = weight.shape[0]
+    ctx.P = 0 if position_weight is None else position_weight.shape[0]
+    ctx.dtype = weight.dtype
+
+
+def _gradient(ctx, grad):
+    input_ids, position_ids = ctx.saved_tensors
+    _, need_weight, need_position, _, _ = ctx.needs_input_grad
+    return (
+        None,
+        _embedding_backward(grad, input_ids, ctx.V, ctx.dtype) if need_weight else None,
+        _embedding_backward(grad, position_ids, ctx.P, ctx.dtype) if need_position else None,
+        None,
+        None,
+    )
+
+
+_embedding_backward = NativeOp(
+    "embedding_backward(Tensor grad, Tensor? ids, SymInt V, ScalarType dtype) -> Tensor", _backward, _grad_output
+)
+_embedding = NativeOp(
+    "embedding(Tensor input_ids, Tensor weight, Tensor? position_weight, Tensor? position_ids, ScalarType? out_dtype)"
+    " -> Tensor",
+    _forward,
+    _output,
+    _setup_context,
+    _gradient,
+)

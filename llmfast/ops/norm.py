@@ -1,0 +1,255 @@
+"""``add_layer_norm`` and ``add_rms_norm``: the residual sum and its norm in one pass over memory."""
+
+from __future__ import annotations
+
+import torch
+
+from llmfast import backend, reference
+from llmfast.ops._native_op import NativeOp, check_floating
+
+__all__ = ["add_layer_norm", "add_rms_norm"]
+
+
+def add_layer_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float = 1e-5,
+    *,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``summed = x + residual`` and ``normed = layer_norm(summed) * weight + bias`` over the last dimension.
+
+    Args:
+        x: ``[..., C]``, float32, bfloat16 or float16, any strides; a last dimension that is not contiguous is copied.
+        residual: like `x` in shape, of any of these dtypes, or None.
+        weight, bias: ``[C]``, of any of these dtypes, or None.
+        eps: added to the variance.
+        out_dtype: dtype of `normed`; default that of `x`.
+
+    Returns:
+        ``(normed, summed)``, both ``[..., C]`` and contiguous. `summed` has the dtype of `residual`; without a residual
+        it is `x` itself. The sum is taken in float32; the norm is that of the float32 sum, before `summed` is rounded.
+        The gradient is that of the norm of `summed` as rounded.
+
+    Autocast casts nothing here, as it leaves `torch.nn.functional.layer_norm` alone on CPU: a bfloat16 sub-layer
+    output, a float32 residual stream and float32 weights are what this op is made for.
+
+    Raises:
+        TypeError: a dtype is unsupported. ValueError: a shape or device does not fit.
+
+    Example:
+        >>> x, stream = torch.randn(2, 8, dtype=torch.bfloat16), torch.randn(2, 8)
+        >>> normed, stream = llmfast.add_layer_norm(x, stream, torch.ones(8), torch.zeros(8))
+        >>> normed.dtype, stream.dtype
+        (torch.bfloat16, torch.float32)
+    """
+    _check(x, residual, weight, bias, out_dtype)
+    if x.device.type != "cpu":
+        backend.count_fallback("add_layer_norm", f"no kernel for device {x.device.type}")
+        return reference.add_layer_norm(x, residual, weight, bias, eps, out_dtype=out_dtype)
+    normed, summed, _, _ = _layer_norm(x, residual, weight, bias, eps, out_dtype)
+    return normed, x if residual is None else summed
+
+
+def add_rms_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    eps: float = 1e-6,
+    *,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``summed = x + residual`` and ``normed = summed / sqrt(mean(summed²) + eps) * weight`` over the last dimension.
+
+    Arguments, results, rounding, autocast and errors are those of `add_layer_norm`, without a bias. The product with
+    `weight` is taken in float32 too, before the one rounding to `out_dtype`.
+
+    Example:
+        >>> x, stream = torch.randn(2, 8, dtype=torch.bfloat16), torch.randn(2, 8)
+        >>> normed, stream = llmfast.add_rms_norm(x, stream, torch.ones(8))
+    """
+    _check(x, residual, weight, None, out_dtype)
+    if x.device.type != "cpu":
+        backend.count_fallback("add_rms_norm", f"no kernel for device {x.device.type}")
+        return reference.add_rms_norm(x, residual, weight, eps, out_dtype=out_dtype)
+    normed, summed, _ = _rms_norm(x, residual, weight, eps, out_dtype)
+    return normed, x if residual is None else summed
+
+
+def _check(x, residual, weight, bias, out_dtype) -> None:
+    check_floating("x", x)
+    if x.dim() == 0:
+        raise ValueError("x: got a scalar, expected at least one dimension")
+    shape, device = x.shape, x.device
+    for name, tensor, expected in (
+        ("residual", residual, shape),
+        ("weight", weight, shape[-1:]),
+        ("bias", bias, shape[-1:]),
+    ):
+        if tensor is None:
+            continue
+        check_floating(name, tensor)
+        if tensor.shape != expected:
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {tuple(expected)}")
+        if tensor.device != device:
+            raise ValueError(f"{name}: got a tensor on {tensor.device}, expected {device} as x is")
+    if out_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"out_dtype: got {out_dtype}, expected float32, bfloat16 or float16")
+
+
+def _rows(t: torch.Tensor | None) -> torch.Tensor | None:
+    """As the kernels take it: contiguous rows, at most six dimensions."""
+    if t is None:
+        return None
+    if t.dim() > 6:
+        t = t.reshape(-1, t.shape[-1])
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _layer_norm_outputs(x, residual, weight, bias, eps: float, out_dtype: torch.dtype | None):
+    normed, summed, rstd = _rms_norm_outputs(x, residual, weight, eps, out_dtype)
+    return normed, summed, torch.empty_like(rstd), rstd
+
+
+def _rms_norm_outputs(x, residual, weight, eps: float, out_dtype: torch.dtype | None):
+    shape = x.shape
+    normed = x.new_empty(shape, dtype=out_dtype)
+    summed = x.new_empty(0) if residual is None else residual.new_empty(shape)
+    return normed, summed, x.new_empty(shape[:-1], dtype=torch.float32)
+
+
+def _layer_norm_forward(x, residual, weight, bias, eps: float, out_dtype: torch.dtype | None):
+    outputs = normed, summed, mean, rstd = _layer_norm_outputs(x, residual, weight, bias, eps, out_dtype)
+    summed = None if residual is None else _rows(summed)
+    backend.native().norm_forward(_rows(normed), summed, mean, rstd, _rows(x), _rows(residual), weight, bias, eps, True)
+    return outputs
+
+
+def _rms_norm_forward(x, residual, weight, eps: float, out_dtype: torch.dtype | None):
+    outputs = normed, summed, rstd = _rms_norm_outputs(x, residual, weight, eps, out_dtype)
+    summed = None if residual is None else _rows(summed)
+    backend.native().norm_forward(
+        _rows(normed), summed, None, rstd, _rows(x), _rows(residual), weight, None, eps, False
+    )
+    return outputs
+
+
+def _backward(grad_normed, grad_summed, summed, weight, mean, rstd, eps, need_total, x_dtype, need_weight, bias_dtype):
+    grads = grad_total, grad_x, grad_weight, grad_bias = _gradient_outputs(
+        grad_normed, grad_summed, summed, weight, mean, rstd, eps, need_total, x_dtype, need_weight, bias_dtype
+    )
+    backend.native().norm_backward(
+        _rows(grad_total) if need_total else None,
+        _rows(grad_x) if x_dtype is not None else None,
+        grad_weight if need_weight else None,
+        grad_bias if bias_dtype is not None else None,
+        _rows(grad_normed),
+        _rows(grad_summed),
+        _rows(summed),
+        weight,
+        mean,
+        rstd,
+        eps,
+        mean is not None,
+    )
+    return grads
+
+
+def _gradient_outputs(
+    grad_normed, grad_summed, summed, weight, mean, rstd, eps, need_total, x_dtype, need_weight, bias_dtype
+):
+    C = summed.shape[-1]
+    return (
+        summed.new_empty(summed.shape if need_total else 0),
+        summed.new_empty(summed.shape if x_dtype is not None else 0, dtype=x_dtype),
+        summed.new_empty(C if need_weight else 0, dtype=weight.dtype if need_weight else None),
+        summed.new_empty(C if bias_dtype is not None else 0, dtype=bias_dtype),
+    )
+
+
+def _save(ctx, x, residual, weight, bias, eps, output, mean, rstd) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x if residual is None else output[1], weight, mean, rstd)
+    ctx.has_residual = residual is not None
+    ctx.eps = eps
+    ctx.x_dtype = x.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _gradients(ctx, grad_normed, grad_summed, needs):
+    """Gradients of x, residual, weight and bias; `needs` says of which."""
+    need_x, need_residual, need_weight, need_bias = needs
+    summed, weight, mean, rstd = ctx.saved_tensors
+    if not ctx.has_residual:
+        grad_summed = None  # that output is an empty tensor
+    if grad_normed is None:
+        if grad_summed is None:
+            return None, None, None, None
+        return grad_summed.to(ctx.x_dtype) if need_x else None, grad_summed, None, None
+    separate_x = need_x and ctx.x_dtype != summed.dtype
+    need_total = need_residual or (need_x and not separate_x)
+    total, grad_x, grad_weight, grad_bias = _norm_backward(
+        grad_normed,
+        grad_summed,
+        summed,
+        weight,
+        mean,
+        rstd,
+        ctx.eps,
+        need_total,
+        ctx.x_dtype if separate_x else None,
+        need_weight,
+        ctx.bias_dtype if need_bias else None,
+    )
+    return (
+        (grad_x if separate_x else total) if need_x else None,
+        total if need_residual else None,
+        grad_weight if need_weight else None,
+        grad_bias if need_bias else None,
+    )
+
+
+def _layer_norm_setup(ctx, inputs, output) -> None:
+    x, residual, weight, bias, eps, _ = inputs
+    _save(ctx, x, residual, weight, bias, eps, output, output[2], output[3])
+
+
+def _layer_norm_gradient(ctx, grad_normed, grad_summed, _mean, _rstd):
+    return *_gradients(ctx, grad_normed, grad_summed, ctx.needs_input_grad[:4]), None, None
+
+
+def _rms_norm_setup(ctx, inputs, output) -> None:
+    x, residual, weight, eps, _ = inputs
+    _save(ctx, x, residual, weight, None, eps, output, None, output[2])
+
+
+def _rms_norm_gradient(ctx, grad_normed, grad_summed, _rstd):
+    grads = _gradients(ctx, grad_normed, grad_summed, (*ctx.needs_input_grad[:3], False))
+    return *grads[:3], None, None
+
+
+_norm_backward = NativeOp(
+    "add_norm_backward(Tensor grad_normed, Tensor? grad_summed, Tensor summed, Tensor? weight, Tensor? mean,"
+    " Tensor rstd, float eps, bool need_total, ScalarType? x_dtype, bool need_weight, ScalarType? bias_dtype)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _gradient_outputs,
+)
+_layer_norm = NativeOp(
+    "add_layer_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, ScalarType? out_dtype)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _layer_norm_forward,
+    _layer_norm_outputs,
+    _layer_norm_setup,
+    _layer_norm_gradient,
+)
+_rms_norm = NativeOp(
+    "add_rms_norm(Tensor x, Tensor? residual, Tensor? weight, float eps, ScalarType? out_dtype)"
+    " -> (Tensor, Tensor, Tensor)",
+    _rms_norm_forward,
+    _rms_norm_outputs,
+    _rms_norm_setup,
+    _rms_norm_gradient,
+)
