@@ -1,7 +1,7 @@
 // Masked attention, backward, on AMX tiles, bf16; see attention.h for the formula.
 //
-// A thread owns an item: a part of one head group's query rows, in chunks of whole blocks of kRows rows, against all the
-// group's keys. Chunks are dealt out back and forth, so that the parts of a causal group weigh the same.
+// A thread owns an item: a part of one head group's query rows, in chunks of whole blocks of kRows rows, against all
+// the group's keys. Chunks are dealt out back and forth, so that the parts of a causal group weigh the same.
 //   for each chunk: pack Q and grad_out, both as columns (Q^T) and as rows, in panels of kWidth rows; delta
 //     for each tile of kKeys keys that some row sees:
 //       pack K and V as rows and K as columns
@@ -12,139 +12,34 @@
 //         grad_v[keys][Dv] += P^T grad_out,  grad_k[keys][D] += dS^T Q           summed over the group's heads, too
 //         grad_q^T[D][lanes] += K^T dS^T
 //     grad_q of the chunk: scaled, transposed back, stored
-//   grad_k and grad_v: scaled and stored by the item, or, if the group has several, added up part by part afterwards.
-// The squares of a tile run as a pipeline: while one's P^T and dS^T are computed, which is vector work, the tile unit does
-// S^T and dP^T of the next square and a share of the sums of the previous block. The order of all sums depends on the
-// number of threads alone.
+//   grad_k and grad_v: scaled and stored by the item, or, if the group has several, added up part by part afterwards
+// The squares of a tile run as a pipeline: while one's P^T and dS^T are computed, which is vector work, the tile unit
+// does S^T and dP^T of the next square and a share of the sums of the previous block. The order of all sums depends on
+// the number of threads alone.
 //
-// Memory: a tile's operands and sums and two blocks' P^T and dS^T stay in L1 or close; a chunk's operands and its grad_q
-// (12 bytes a row and dim) in L2; an item sums Tk x (D + Dv) floats.
+// Memory: a tile's operands and sums and two blocks' P^T and dS^T stay in L1 or close; a chunk's operands and its
+// grad_q (12 bytes a row and dim) in L2; an item sums Tk x (D + Dv) floats.
 // Limits: bf16; head dims up to 256 (kMostTileHeadDim), padded to multiples of 32 with zeros.
-#include "attention/product_amx.h"
+#include "attention/differentiation_amx.h"
 #include "attention/schedule.h"
 #include "core/workspace.h"
 
 namespace llmfast::LLMFAST_TARGET {
 namespace {
 
-constexpr int64_t kKeys = 64;
-constexpr int64_t kRows = 64;
 constexpr int64_t kChunkRows = 512;
 constexpr int64_t kChunkBytes = 768 << 10;
-constexpr int64_t kPanels = kRows / kWidth, kKeyBlocks = kKeys / kBlock;
-static_assert(kRows % kWidth == 0 && kKeys % kBlock == 0 && kChunkRows % kRows == 0);
+static_assert(kChunkRows % kRows == 0);
 
 // Sums of grad_k (unscaled) and grad_v of one head group, blocks [key block][d block][key][d].
 struct KeyGradients {
   float *k, *v;
 
-  KeyGradients(float* storage, int64_t Tk, int64_t D) : k(storage), v(storage + blocks_of(Tk) * blocks_of(D) * kBlockElements) {}
+  KeyGradients(float* storage, int64_t Tk, int64_t D)
+      : k(storage), v(storage + blocks_of(Tk) * blocks_of(D) * kBlockElements) {}
   static int64_t elements(int64_t Tk, int64_t D, int64_t Dv) {
     return blocks_of(Tk) * (blocks_of(D) + blocks_of(Dv)) * kBlockElements;
   }
-};
-
-// P^T and dS^T of a tile and a block of rows. As operands: A blocks [key block][panel], for sums over rows, and VNNI
-// blocks [panel][key block] of dS^T, for sums over keys.
-struct Weights {
-  bf16 *p, *ds, *ds_pairs;
-
-  static constexpr int64_t kElements = 3 * kKeys * kRows;  // of a tile and a block
-  explicit Weights(bf16* space = nullptr) : p(space), ds(space + kKeys * kRows), ds_pairs(space + 2 * kKeys * kRows) {}
-
-  static int64_t offset(int64_t key_block, int64_t panel) { return (key_block * kPanels + panel) * kBlockElements; }
-  static int64_t pairs_offset(int64_t key_block, int64_t panel) { return (panel * kKeyBlocks + key_block) * kBlockElements; }
-  Weights at(int64_t key_block, int64_t panel) const {
-    Weights square;
-    square.p = p + offset(key_block, panel);
-    square.ds = ds + offset(key_block, panel);
-    square.ds_pairs = ds_pairs + pairs_offset(key_block, panel);
-    return square;
-  }
-  void clear() const {
-    for (int64_t i = 0; i < kBlockElements; i += kBlock) {
-      _mm512_store_si512(p + i, _mm512_setzero_si512());
-      _mm512_store_si512(ds + i, _mm512_setzero_si512());
-      _mm512_store_si512(ds_pairs + i, _mm512_setzero_si512());
-    }
-  }
-};
-
-// One square's products S^T and dP^T -> P^T and dS^T, two keys a unit. kPlain: nothing is hidden, no softcap.
-template <bool kPlain>
-class Differentiation {
- public:
-  Differentiation(const float* scores, const float* grads, Weights out, const float* lse, const float* delta,
-                  const ScoreScale& scale, const Hiding& hiding)
-      : scores_(scores),
-        grads_(grads),
-        out_(out),
-        factor_(Vec::set(kPlain || scale.of_tanh == 0.0f ? scale.of_q : 1.0f)),
-        of_tanh_(scale.of_tanh),
-        of_q_(scale.of_q),
-        mask_tile_(hiding.mask_tile),
-        band_(hiding.band) {
-#pragma GCC unroll 2
-    for (int v = 0; v < kWidthVecs; ++v) {
-      offset_[v] = Vec::zero() - Vec::load(lse + v * Vec::kLanes);
-      delta_[v] = Vec::load(delta + v * Vec::kLanes);
-    }
-  }
-
-  static constexpr int64_t kUnits = kBlock / 2;
-
-  __attribute__((always_inline)) void step(int64_t count) {
-    const int64_t end = pair_ + count < kUnits ? pair_ + count : kUnits;
-    for (; pair_ < end; ++pair_) {
-      Vec p[2][kWidthVecs], ds[2][kWidthVecs];
-#pragma GCC unroll 2
-      for (int key = 0; key < 2; ++key) {
-#pragma GCC unroll 2
-        for (int v = 0; v < kWidthVecs; ++v) differentiate(2 * pair_ + key, v, &p[key][v], &ds[key][v]);
-        store_row(out_.p + (2 * pair_ + key) * kBlock, p[key][0], p[key][1]);
-        store_row(out_.ds + (2 * pair_ + key) * kBlock, ds[key][0], ds[key][1]);
-      }
-      store_pair(out_.ds_pairs + pair_offset(pair_), ds[0], ds[1]);
-    }
-  }
-
- private:
-  __attribute__((always_inline)) void differentiate(int64_t key, int v, Vec* p, Vec* ds) const {
-    const int64_t at = key * kWidth + v * Vec::kLanes;
-    Vec score = Vec::load(scores_ + at);
-    if constexpr (kPlain) {
-      *p = coarse_exp2(fma(score, factor_, offset_[v]));
-      *ds = *p * (Vec::load(grads_ + at) - delta_[v]);
-    } else {
-      const Vec hidden = Vec::set(-kInfinity), one = Vec::set(1.0f);
-      Vec slope = one, bias = Vec::zero();
-      if (of_tanh_ != 0.0f) {
-        const Vec t = tanh_of(score * Vec::set(of_q_));
-        score = t * Vec::set(of_tanh_);
-        slope = fnma(t, t, one);
-      }
-      if (mask_tile_) bias = Vec::load(mask_tile_ + at);
-      *p = coarse_exp2(fma(score, factor_, bias) + offset_[v]);
-      *ds = *p * (Vec::load(grads_ + at) - delta_[v]) * slope;
-      if (mask_tile_) {
-        *p = select(eq(bias, hidden), Vec::zero(), *p);
-        *ds = select(eq(bias, hidden), Vec::zero(), *ds);
-      }
-      if (band_) {
-        *p = select(band_[v].sees(key), *p, Vec::zero());
-        *ds = select(band_[v].sees(key), *ds, Vec::zero());
-      }
-    }
-  }
-
-  const float *scores_, *grads_;
-  const Weights out_;
-  const Vec factor_;
-  const float of_tanh_, of_q_;
-  const float* mask_tile_;
-  const LaneBand* band_;
-  Vec offset_[kWidthVecs], delta_[kWidthVecs];
-  int64_t pair_ = 0;
 };
 
 // The sums of a block, which wait to be done between the vector work of the next block.
@@ -332,12 +227,14 @@ class BackwardItem {
   // S^T and dP^T, unscaled.
   template <class Work>
   __attribute__((always_inline)) void compute_products(const Square& square, Work& work, int64_t share) {
-    multiply_blocks<Sum::fresh>(scores_of(square), {k_rows_ + square.key_block * D_blocks_ * kBlockElements, kBlockElements},
-                                {q_columns_ + square.panel * D_blocks_ * kBlockElements, kBlockElements}, D_blocks_, work,
-                                share);
-    multiply_blocks<Sum::fresh>(grads_of(square), {v_rows_ + square.key_block * Dv_blocks_ * kBlockElements, kBlockElements},
-                                {grad_columns_ + square.panel * Dv_blocks_ * kBlockElements, kBlockElements}, Dv_blocks_,
-                                work, share);
+    const auto multiply = [&](float* c, const bf16* key_rows, const bf16* columns, int64_t blocks)
+                              __attribute__((always_inline)) {
+      const int64_t block_row = blocks * kBlockElements;
+      multiply_blocks<Sum::fresh>(c, {key_rows + square.key_block * block_row, kBlockElements},
+                                  {columns + square.panel * block_row, kBlockElements}, blocks, work, share);
+    };
+    multiply(scores_of(square), k_rows_, q_columns_, D_blocks_);
+    multiply(grads_of(square), v_rows_, grad_columns_, Dv_blocks_);
   }
 
   // P^T and dS^T of the current square; meanwhile the products of the next one and sums of the previous block.
@@ -369,14 +266,16 @@ class BackwardItem {
     const int64_t first = block * kPanels, panels = panels_ - first < kPanels ? panels_ - first : kPanels;
     sum_over_rows(sums_.v, weights_.p, grad_rows_, Dv_blocks_, first, panels);
     sum_over_rows(sums_.k, weights_.ds, q_rows_, D_blocks_, first, panels);
-    for (int64_t panel = 0; panel < panels; ++panel) sum_over_keys(first + panel, weights_.ds_pairs + Weights::pairs_offset(0, panel));
+    for (int64_t panel = 0; panel < panels; ++panel)
+      sum_over_keys(first + panel, weights_.ds_pairs + Weights::pairs_offset(0, panel));
     const Weights free = previous_weights_;
     previous_weights_ = weights_;
     weights_ = free;
   }
 
   // grad_v += P^T grad_out, grad_k += dS^T Q
-  void sum_over_rows(float* sums, const bf16* weights, const bf16* rows, int64_t blocks, int64_t first_panel, int64_t panels) {
+  void sum_over_rows(float* sums, const bf16* weights, const bf16* rows, int64_t blocks, int64_t first_panel,
+                     int64_t panels) {
     for (int64_t key_block = 0; key_block < tile_.count() / kBlock; ++key_block)
       for (int64_t d = 0; d < blocks; ++d)
         pending_.add(sums + ((tile_.begin / kBlock + key_block) * blocks + d) * kBlockElements,
@@ -419,7 +318,8 @@ void store_key_gradients(const HeadGroup& g, const AttentionBackwardParams& p, c
     for (int64_t key = keys.begin; key < keys.end && key < g.Tk; ++key) {
       bf16* out = g.key_row<bf16>(t, key);
       for_each_vec(D, [&](int64_t d, auto lanes) {
-        const float* at = sums + (key / kBlock * blocks_of(D) + d / kBlock) * kBlockElements + key % kBlock * kBlock + d % kBlock;
+        const float* block = sums + (key / kBlock * blocks_of(D) + d / kBlock) * kBlockElements;
+        const float* at = block + key % kBlock * kBlock + d % kBlock;
         Vec sum = Vec::load(at);
         for (int64_t i = 1; i < parts; ++i) sum = sum + Vec::load(at + i * elements);
         lanes.store(sum * Vec::set(scale), out + d);
@@ -443,7 +343,8 @@ int64_t place_sums(const AttentionParams& p, const ItemList& items, int64_t* fir
   int64_t total = 0;
   for (int64_t s = 0; s < p.B; ++s) {
     first[s] = total;
-    if (items.chunks(s) > 1) total += p.Hkv * items.chunks(s) * KeyGradients::elements(HeadGroup(p, s, 0).Tk, p.D, p.Dv);
+    if (items.chunks(s) == 1) continue;
+    total += p.Hkv * items.chunks(s) * KeyGradients::elements(HeadGroup(p, s, 0).Tk, p.D, p.Dv);
   }
   return total;
 }
@@ -470,7 +371,8 @@ void attention_backward(const AttentionBackwardParams& p) {
     const Item item = items[index];
     const HeadGroup g(p, item.sequence, item.kv_head);
     float* sums = sums_of(g, item.chunk);
-    BackwardItem(g, p, KeyGradients(sums, g.Tk, p.D), rows_of_chunk(p, g.rows, item.chunks)).run(item.chunk, item.chunks);
+    const int64_t chunk_rows = rows_of_chunk(p, g.rows, item.chunks);
+    BackwardItem(g, p, KeyGradients(sums, g.Tk, p.D), chunk_rows).run(item.chunk, item.chunks);
     if (item.chunks == 1) store_key_gradients(g, p, sums, 1, {0, g.Tk});
   });
   if (items.count() == p.B * p.Hkv) return;

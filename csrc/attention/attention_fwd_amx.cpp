@@ -9,9 +9,9 @@
 //       scale, softcap, mask, band; running maximum; P^T = 2^(S^T - maximum)     everything vertical: a lane is a query
 //       O^T[Dv][lanes] += V^T P^T                                                P^T in VNNI form, bf16
 //   out = O^T / sum, transposed back; lse
-// The steps of a segment run as a pipeline: while one step's scores are exponentiated, which is vector work, the tile unit
-// does S^T of the next step and V^T P^T of the previous one. A panel's maximum is raised only where it would grow by more
-// than 2^kSlack, so its sums are rarely rescaled. A lane's result depends on no other lane and not on the item's extent.
+// The steps of a segment run as a pipeline: while one step's scores are exponentiated, which is vector work, the tile
+// unit does S^T of the next step and V^T P^T of the previous one. A lane's maximum is raised only where it would grow
+// by more than kSlack, so sums are rarely rescaled. A lane's result depends on no other lane, nor on the item's extent.
 //
 // Memory: S^T and P^T of two steps, a panel's Q^T and O^T stay in L1 (36 KiB at D = 64); a segment's K and V^T and the
 // item's panels in L2. Nothing grows with Tq or Tk.
@@ -178,8 +178,9 @@ class ForwardItem {
     bf16* rows = query_panel(panels_);
     for (int64_t i = 0; i < panels_; ++i) {
       copy_panel(rows, g_, p_.q, row_of(i), p_.D, [](int64_t) { return false; });
+      bf16* panel = query_panel(i);
       for (int64_t d = 0; d < D_blocks_; ++d)
-        b_block_from_columns(query_panel(i) + d * kBlockElements, rows + d * kBlock, D_blocks_ * kBlock, kBlock, kBlock);
+        b_block_from_columns(panel + d * kBlockElements, rows + d * kBlock, D_blocks_ * kBlock, kBlock, kBlock);
     }
   }
 

@@ -22,7 +22,7 @@ inline KeyRange whole_blocks(KeyRange keys) { return {keys.begin / kBlock * kBlo
 
 enum class Sum { fresh, continued };
 
-// Vector work that is cut into units and done between tile products: step(n) does the next n units, if so many are left.
+// Vector work that is cut into units and done between tile products: step(n) does the next n units, or what is left.
 struct NoWork {
   void step(int64_t) {}
 };
@@ -33,7 +33,8 @@ struct Blocks {
   int64_t step;
 };
 
-// c = (c +) sum over i < depth of a[i] b[i]: four products of 16 cycles each from four loads, then `share` units of work.
+// c = (c +) sum over i < depth of a[i] b[i]: four products of 16 cycles each from four loads, then `share` units of
+// work.
 template <Sum kSum, class Work>
 inline __attribute__((always_inline)) void multiply_blocks(float* c, Blocks a, Blocks b, int64_t depth, Work& work,
                                                            int64_t share) {
@@ -70,20 +71,23 @@ inline __attribute__((always_inline)) void multiply_blocks(float* c, Blocks a, B
 
 // ---- operands ------------------------------------------------------------------------------------------------------
 
-// dst[i][0 .. blocks * 32) = row first + i for a panel of kWidth rows; zero beyond D, and for rows that `absent` names or
-// that do not exist.
+// dst[i][0 .. blocks * 32) = row first + i for a panel of kWidth rows; zero beyond D, and for rows that `absent` names
+// or that do not exist.
 template <class Absent>
-void copy_panel(bf16* dst, const HeadGroup& group, const HeadTensor& t, int64_t first, int64_t D, const Absent& absent) {
+void copy_panel(bf16* dst, const HeadGroup& group, const HeadTensor& t, int64_t first, int64_t D,
+                const Absent& absent) {
   const int64_t blocks = blocks_of(D);
   for (int64_t i = 0; i < kWidth; ++i, dst += blocks * kBlock) {
     const bool there = first + i < group.rows && !absent(first + i);
     const bf16* src = there ? group.row<const bf16>(t, first + i) : nullptr;
-    for (int64_t d = 0; d < blocks * kBlock; d += kBlock)
-      _mm512_store_si512(dst + d, there ? _mm512_maskz_loadu_epi16(first_bf16_lanes(D - d), src + d) : _mm512_setzero_si512());
+    for (int64_t d = 0; d < blocks * kBlock; d += kBlock) {
+      const __mmask32 lanes = first_bf16_lanes(D - d);
+      _mm512_store_si512(dst + d, there ? _mm512_maskz_loadu_epi16(lanes, src + d) : _mm512_setzero_si512());
+    }
   }
 }
 
-// How many keys of a block there are, and how many dims.
+// How many keys or dims of a block there are.
 inline int64_t at_most_a_block(int64_t left) { return left < kBlock ? left : kBlock; }
 
 // A blocks of the keys' rows, K: dst[key block][d block][key][d]. `keys` are whole blocks; what lies beyond Tk is zero.
@@ -102,13 +106,14 @@ inline void pack_key_columns(bf16* dst, const HeadGroup& group, const HeadTensor
                            at_most_a_block(group.Tk - key));
 }
 
-// Elements from the first of a row of blocks in VNNI form to the given pair of keys: 16 pairs fill the first of two tiles.
+// Elements from the first of a row of blocks in VNNI form to the given pair of keys: 16 pairs fill the first of two
+// tiles.
 constexpr int64_t pair_offset(uint64_t pair) {
   return static_cast<int64_t>(pair * kBlock + pair / kTileRows * kTileElements);
 }
 
-// Keys whose row holds NaN or inf. Where a query does not see such a key, 0 * NaN must not reach its sum: in blocks made
-// by pack_key_columns their columns are set to zero, and `add` adds these rows for the queries that see them.
+// Keys whose row holds NaN or inf. Where a query does not see such a key, 0 * NaN must not reach its sum: in blocks
+// made by pack_key_columns their columns are set to zero, and `add` adds these rows for the queries that see them.
 template <int kKeys>
 class BadColumns {
  public:
@@ -130,7 +135,8 @@ class BadColumns {
 
   // sums[d][kWidth] += weights[key][..] * row of key, for bad keys in `keys` and queries whose weight is not zero.
   // weights: blocks of 32 keys in VNNI form, as store_pair makes them.
-  void add(float* sums, const bf16* weights, const HeadGroup& group, const HeadTensor& t, KeyRange keys, int64_t D) const {
+  void add(float* sums, const bf16* weights, const HeadGroup& group, const HeadTensor& t, KeyRange keys,
+           int64_t D) const {
     for (int64_t i = 0; i < count_; ++i) {
       if (key_[i] < keys.begin || key_[i] >= keys.end) continue;
       const int64_t j = key_[i] - keys.begin;
@@ -166,7 +172,8 @@ class BadColumns {
 
 // ---- weights -------------------------------------------------------------------------------------------------------
 
-// 2^x for what is then rounded to bf16: relative error 7.5e-5, a 50th of the rounding. Clamped as exp2_of_gap; NaN stays.
+// 2^x for what is then rounded to bf16: relative error 7.5e-5, a 25th of the rounding's. Clamped as in exp2_of_gap; NaN
+// stays NaN.
 inline Vec coarse_exp2(Vec x) {
   x = max(Vec::set(-100.0f), x);
   const Vec n = round_even(x), f = x - n;
