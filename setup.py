@@ -68,9 +68,23 @@ def compiler() -> list[str]:
     return command
 
 
+def write_if_changed(path: Path, text: str) -> None:
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
 def objects(build_dir: Path):
-    """Yields (source, object, flags) for every object file of the module."""
+    """Yields (source, object, flags) for every object file of the module.
+
+    The bindings are one translation unit: nearly all of their compile time is pybind11's headers, nine times over.
+    """
+    bindings = build_dir / "bindings.cpp"
+    includes = sorted(path.relative_to(CSRC) for path in (CSRC / "bindings").glob("*.cpp"))
+    write_if_changed(bindings, "".join(f'#include "{path.as_posix()}"\n' for path in includes))
+    yield bindings, build_dir / "bindings.base.o", ["-O1"]
     for source in sorted(CSRC.rglob("*.cpp")):
+        if source.parent == CSRC / "bindings":
+            continue
         suffix = next((s for s in SUFFIX_TARGETS if source.stem.endswith(s)), None)
         targets = SUFFIX_TARGETS[suffix] if suffix else ["base"]
         for target in targets:
@@ -85,6 +99,7 @@ def objects(build_dir: Path):
 def write_ninja(build_dir: Path, output: Path) -> None:
     import pybind11
 
+    build_dir.mkdir(parents=True, exist_ok=True)
     includes = [f"-I{CSRC}", f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_paths()['include']}"]
     defines = (["-DLLMFAST_X86"] if IS_X86 else []) + (["-DLLMFAST_EMULATED"] if EMULATE else [])
     escape = lambda path: str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")  # noqa: E731
@@ -101,11 +116,7 @@ def write_ninja(build_dir: Path, output: Path) -> None:
         lines.append(f"build {escape(target)}: compile {escape(source)}\n  flags = {shlex.join(flags)}")
         outputs.append(escape(target))
     lines.append(f"build {escape(output)}: link {' '.join(outputs)}")
-    build_dir.mkdir(parents=True, exist_ok=True)
-    text = "\n".join(lines) + "\n"
-    path = build_dir / "build.ninja"
-    if not path.exists() or path.read_text() != text:
-        path.write_text(text)
+    write_if_changed(build_dir / "build.ninja", "\n".join(lines) + "\n")
 
 
 class NinjaBuild(build_ext):

@@ -528,7 +528,7 @@ def test_errors_name_the_argument():
                varlen_attention, packed, packed, packed, bounds, torch.tensor(wrong))  # fmt: skip
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.data())
 def test_random_combinations(data):
     draw = data.draw

@@ -296,5 +296,5 @@ def test_demo_end_to_end(tmp_path, monkeypatch, capsys):
 
     command = re.search(r"llmfast (generate .*) --prompt", done.stdout)[1].split()
     monkeypatch.chdir(tmp_path)
-    assert cli.main([*command, "--prompt", "def", "--max-new-tokens", "5"]) == 0
-    assert capsys.readouterr().out.startswith("def")
+    assert cli.main([*command, "--prompt", "def main(", "--max-new-tokens", "5"]) == 0
+    assert capsys.readouterr().out.startswith("def main(")

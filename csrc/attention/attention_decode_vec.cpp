@@ -3,7 +3,8 @@
 // bandwidth-bound.
 //
 // A thread owns an item: some keys of one head group. For each block of kBlock keys:
-//   scores[row][key] = q k^T; softcap, mask, band; running maximum and sum, scores -> weights
+//   scores[row][key] = q k^T, fetching v ahead: its columns are walked a few registers at a time, which no hardware
+//     prefetcher follows; softcap, mask, band; running maximum and sum, scores -> weights
 //   acc[row][Dv] = acc * 2^(old maximum - new) + weights v
 // A head group whose keys were cut into several items is merged afterwards, in the order of its keys.
 //
@@ -19,6 +20,7 @@ namespace llmfast::LLMFAST_TARGET {
 namespace {
 
 constexpr int64_t kBlock = 128;
+constexpr int64_t kFewKeys = 8;      // whose values are fetched while their scores are computed
 constexpr int64_t kLeastKeys = 256;  // fewer are not worth an item of their own
 static_assert(kBlock % Vec::kLanes == 0);
 
@@ -122,10 +124,14 @@ class DecodeItem {
   void visit(KeyRange block) {
     const T* keys = g_.key_row<const T>(p_.k, block.begin);
     const T* values = g_.key_row<const T>(p_.v, block.begin);
-    for_row_blocks(g_.rows, [&](int64_t r, auto count) {
-      dot_columns<decltype(count)::value>(queries_ + r * p_.D, keys, p_.k.token_stride, p_.D, block.count(),
-                                          scores_ + r * kBlock, kBlock);
-    });
+    for (int64_t j = 0; j < block.count(); j += kFewKeys) {
+      const int64_t few = block.count() - j < kFewKeys ? block.count() - j : kFewKeys;
+      prefetch_rows(values + j * p_.v.token_stride, p_.v.token_stride, few);
+      for_row_blocks(g_.rows, [&](int64_t r, auto count) {
+        dot_columns<decltype(count)::value>(queries_ + r * p_.D, keys + j * p_.k.token_stride, p_.k.token_stride, p_.D,
+                                            few, scores_ + r * kBlock + j, kBlock);
+      });
+    }
     float keep[kDecodeRows];
     for (int64_t r = 0; r < g_.rows; ++r) {
       hide(scores_ + r * kBlock, r, block);
@@ -147,6 +153,12 @@ class DecodeItem {
           fma(Vec::set(weight), lanes.load(row + d), Vec::load(acc + d)).store(acc + d);
         });
       }
+  }
+
+  void prefetch_rows(const T* rows, int64_t stride, int64_t count) const {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    for (int64_t j = 0; j < count; ++j)
+      for (int64_t d = 0; d < p_.Dv; d += kLine) __builtin_prefetch(rows + j * stride + d);
   }
 
   // Softcap, mask and band for one row of scores; hidden ones become -inf.
