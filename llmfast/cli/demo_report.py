@@ -15,7 +15,7 @@ __all__ = ["comparison_rows", "loss_curve", "write_report"]
 Points = Sequence[tuple[float, float]]
 
 WIDTH, HEIGHT = 760, 340
-LEFT, RIGHT, TOP, BOTTOM = 60, 15, 15, 45
+LEFT, RIGHT, TOP, BOTTOM = 60, 25, 15, 45
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 48rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
@@ -119,7 +119,7 @@ def loss_curve(train: Points, validation: Points, tokens_per_step: int) -> str:
         y = at((0, value)).split(",")[1]
         grid.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}" stroke="#e4e4e0"/>')
         grid.append(f'<text x="{LEFT - 8}" y="{y}" dy="4" text-anchor="end">{value:g}</text>')
-    for value in x_ticks:
+    for value in (tick for tick in x_ticks if tick <= last):
         x = at((value, low)).split(",")[0]
         grid.append(f'<text x="{x}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{value:g}</text>')
     lines = [
