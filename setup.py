@@ -73,6 +73,17 @@ def write_if_changed(path: Path, text: str) -> None:
         path.write_text(text)
 
 
+def linked_pybind11(build_dir: Path) -> Path:
+    """pybind11's headers under a path that stays: pip's isolated build puts them elsewhere each time, and a command line
+    that changes is a reason to compile again."""
+    import pybind11
+
+    link = build_dir / "pybind11"
+    link.unlink(missing_ok=True)
+    link.symlink_to(pybind11.get_include(), target_is_directory=True)
+    return link
+
+
 def objects(build_dir: Path):
     """Yields (source, object, flags) for every object file of the module.
 
@@ -81,7 +92,8 @@ def objects(build_dir: Path):
     bindings = build_dir / "bindings.cpp"
     includes = sorted(path.relative_to(CSRC) for path in (CSRC / "bindings").glob("*.cpp"))
     write_if_changed(bindings, "".join(f'#include "{path.as_posix()}"\n' for path in includes))
-    yield bindings, build_dir / "bindings.base.o", ["-O1"]
+    python = [f"-isystem{linked_pybind11(build_dir)}", f"-isystem{sysconfig.get_paths()['include']}"]
+    yield bindings, build_dir / "bindings.base.o", ["-O1", *python]
     for source in sorted(CSRC.rglob("*.cpp")):
         if source.parent == CSRC / "bindings":
             continue
@@ -97,17 +109,14 @@ def objects(build_dir: Path):
 
 
 def write_ninja(build_dir: Path, output: Path) -> None:
-    import pybind11
-
     build_dir.mkdir(parents=True, exist_ok=True)
-    includes = [f"-I{CSRC}", f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_paths()['include']}"]
     defines = (["-DLLMFAST_X86"] if IS_X86 else []) + (["-DLLMFAST_EMULATED"] if EMULATE else [])
     escape = lambda path: str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")  # noqa: E731
     cxx = shlex.join(compiler())
     lines = [
         "ninja_required_version = 1.5",
         f"cxx = {cxx}",
-        f"cflags = {shlex.join([*COMMON_FLAGS, *defines, *includes])}",
+        f"cflags = {shlex.join([*COMMON_FLAGS, *defines, f'-I{CSRC}'])}",
         "rule compile\n  command = $cxx $cflags $flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
         "rule link\n  command = $cxx -shared -fopenmp $in -o $out",
     ]
@@ -126,7 +135,7 @@ class NinjaBuild(build_ext):
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
         tag = f"{sysconfig.get_config_var('SOABI')}{'-emulated' if EMULATE else ''}"
-        build_dir = Path(os.environ.get("LLMFAST_BUILD_DIR") or ROOT / "build") / f"native-{tag}"
+        build_dir = Path(os.environ.get("LLMFAST_BUILD_DIR") or ROOT / "build").resolve() / f"native-{tag}"
         write_ninja(build_dir, build_dir / output.name)
         result = subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build_dir)])
         if result.returncode:
