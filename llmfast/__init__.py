@@ -37,22 +37,27 @@ __all__ = [
     "embedding",
     "ffn",
     "generate",
+    "integrations",
     "linear",
     "linear_cross_entropy",
     "models",
     "nn",
+    "patch",
     "reference",
     "rotary",
     "rotary_tables",
     "scaled_dot_product_attention",
     "train",
+    "unpatch",
     "varlen_attention",
 ]
 
-_LAZY = {"data", "generate", "models", "nn", "reference", "train"}
+_LAZY = {"data", "generate", "integrations", "models", "nn", "reference", "train"}
 
 
 def __getattr__(name: str):
     if name in _LAZY:
         return import_module(f"llmfast.{name}")
+    if name in ("patch", "unpatch"):
+        return getattr(import_module("llmfast.integrations.transformers"), name)
     raise AttributeError(f"module 'llmfast' has no attribute {name!r}")

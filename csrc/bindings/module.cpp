@@ -59,6 +59,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("workspace_bytes", &workspace_total_bytes);
   m.def("keep_freed_memory", &keep_freed_memory);
   bind_attention(m);
+  bind_block(m);
   bind_embedding(m);
   bind_ffn(m);
   bind_linear(m);

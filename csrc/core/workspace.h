@@ -21,6 +21,7 @@ enum class Slot : int {
   norm_vectors,  // weight and bias in float32
   norm_row,
   embedding_order,  // positions of the input, sorted by id
+  block,       // a transformer block's intermediates
   count
 };
 

@@ -19,6 +19,7 @@ from .tokenizers import StreamDecoder, Tokenizer, as_ints
 
 END_OF_TEXT = "<|endoftext|>"
 END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # looked for when no tokenizer_config.json says
+TEMPLATE_FILE = "chat_template.jinja"
 GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 
 # Measured on 12 MB of Python sources, 2 cores: one long text takes 13.9 s to encode, cut into pieces 3.7 s.
@@ -33,7 +34,8 @@ class BPETokenizer(Tokenizer):
     """A wrapper of a `tokenizers.Tokenizer` (kept as `.hf`): byte-level BPE when trained here; whatever the file
     says when loaded.
 
-    `eot` names the end-of-document token; without it, ``tokenizer_config.json`` or the usual names decide.
+    `eot` names the end-of-document token; without it, ``tokenizer_config.json`` or the usual names decide. `bos` names
+    the token that documents begin with, `stops` further tokens that end an answer.
 
     Example::
 
@@ -43,7 +45,15 @@ class BPETokenizer(Tokenizer):
 
     kind = "bpe"
 
-    def __init__(self, hf: HFTokenizer, eot: str | None = None):
+    def __init__(
+        self,
+        hf: HFTokenizer,
+        eot: str | None = None,
+        *,
+        bos: str | None = None,
+        stops: Iterable[int] = (),
+        chat_template: str | None = None,
+    ):
         self.hf = hf
         hf.no_truncation()  # files of encoder models carry both, and would cut documents without a word
         hf.no_padding()
@@ -54,6 +64,14 @@ class BPETokenizer(Tokenizer):
         self.eot_id = next((self._vocab[name] for name in names if name in self._vocab), None)
         if eot is not None and self.eot_id is None:
             raise ValueError(f"eot is {eot!r}, which is not among the {self.vocab_size} tokens of the vocabulary")
+        self.bos_id = None if bos is None else self._vocab.get(bos)
+        self.prefix_ids = tuple(hf.encode("", add_special_tokens=True).ids)
+        self.chat_template = chat_template
+        self._stops = tuple(stops)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return tuple(dict.fromkeys([*super().stop_ids, *self._stops]))
 
     @classmethod
     def train(cls, documents: Iterable[str], vocab_size: int, progress: Progress | None = None) -> BPETokenizer:
@@ -95,12 +113,18 @@ class BPETokenizer(Tokenizer):
                     f"no tokenizer at {path}; expected tokenizer.json, llmfast_tokenizer.json, "
                     "vocab.json + merges.txt, or encoder.json + vocab.bpe"
                 )
-            eot = _configured_eot(folder)
+            config = _read_json(folder / "tokenizer_config.json")
+            found = {
+                "eot": _token_text(config.get("eos_token")),
+                "bos": _token_text(config.get("bos_token")),
+                "stops": _stops(_read_json(folder / "generation_config.json")),
+                "chat_template": _chat_template(folder, config),
+            }
         except FileNotFoundError:
             raise
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path}: not a readable tokenizer ({error})") from None
-        return cls(hf, eot)
+        return cls(hf, **found)
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         """The ids of `text`. With `parse_special`, special tokens written in it (chat markers) become their ids."""
@@ -139,16 +163,20 @@ class BPETokenizer(Tokenizer):
         return StreamDecoder(self) if self._bytes is not None else _LibraryStreamDecoder(self)
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write ``tokenizer.json`` and ``tokenizer_config.json``, as Hugging Face reads them, into `folder`."""
+        """Write ``tokenizer.json``, ``tokenizer_config.json`` and ``chat_template.jinja`` (if there is one), as Hugging
+        Face reads them, into `folder`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_file(folder / "tokenizer.json") as file:
             file.write(self.hf.to_str(pretty=True).encode())
         eot = None if self.eot_id is None else self.hf.id_to_token(self.eot_id)
-        write_json(
-            folder / "tokenizer_config.json",
-            {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eot, "clean_up_tokenization_spaces": False},
-        )
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eot, "clean_up_tokenization_spaces": False}
+        if self.bos_id is not None:
+            config["bos_token"] = self.hf.id_to_token(self.bos_id)
+        write_json(folder / "tokenizer_config.json", config)
+        if self.chat_template is not None:
+            with atomic_file(folder / TEMPLATE_FILE) as file:
+                file.write(self.chat_template.encode())
 
     @cached_property
     def _json(self) -> dict[str, Any]:
@@ -220,10 +248,28 @@ def _pieces(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _configured_eot(folder: Path) -> str | None:
-    config = folder / "tokenizer_config.json"
-    token = json.loads(config.read_bytes()).get("eos_token") if config.is_file() else None
+def _read_json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_bytes()) if file.is_file() else {}
+
+
+def _token_text(token: str | dict[str, Any] | None) -> str | None:
     return token["content"] if isinstance(token, dict) else token
+
+
+def _stops(generation: dict[str, Any]) -> list[int]:
+    ids = generation.get("eos_token_id")
+    return [] if ids is None else ids if isinstance(ids, list) else [ids]
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    """A file of its own, or the field of ``tokenizer_config.json``: one template, or several with names."""
+    file = folder / TEMPLATE_FILE
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    found = config.get("chat_template")
+    if isinstance(found, list):
+        found = next((entry["template"] for entry in found if entry["name"] == "default"), None)
+    return found
 
 
 def _gpt2_byte_spelling() -> dict[str, bytes]:

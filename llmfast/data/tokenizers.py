@@ -27,11 +27,22 @@ class Tokenizer:
 
     `kind`; `vocab_size`, one more than the largest id; `eot_id`, the end-of-document token, or None; `fingerprint`,
     32 hex digits: equal tokenizers give equal ids. `decode` leaves special tokens out.
+
+    Tokenizers of pretrained models may also have `bos_id`, the token that a document begins with; `prefix_ids`, what the
+    model expects before every text (`encode` does not add it); `stop_ids`, all tokens that end an answer, `eot_id`
+    among them; `chat_template`, Jinja source (see `llmfast.generate.chat`).
     """
 
     kind: str
     vocab_size: int
     eot_id: int | None
+    bos_id: int | None = None
+    prefix_ids: tuple[int, ...] = ()
+    chat_template: str | None = None
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return () if self.eot_id is None else (self.eot_id,)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One int32 array a text, without special tokens: the fast way to encode much text."""
@@ -214,14 +225,20 @@ def build_tokenizer(
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """The tokenizer in `path`: a folder written by `save`, a Hugging Face ``tokenizer.json`` or its folder, or a
-    folder of GPT-2's ``vocab.json`` + ``merges.txt`` (or ``encoder.json`` + ``vocab.bpe``).
+    """The tokenizer in `path`: a folder written by `save`, a Hugging Face ``tokenizer.json`` or its folder, a folder
+    of GPT-2's ``vocab.json`` + ``merges.txt`` (or ``encoder.json`` + ``vocab.bpe``), or a ``.gguf`` file (or a folder
+    of one; needs the extra ``hf``).
 
     Errors: FileNotFoundError when none is there, ValueError when what is there cannot be read.
     """
     from .bpe import BPETokenizer
 
     path = Path(path)
+    files = [path] if path.suffix.lower() == ".gguf" else sorted(path.glob("*.gguf"))
+    if len(files) == 1 and not (path / "tokenizer.json").is_file():
+        from .gguf_tokenizer import load_gguf_tokenizer
+
+        return load_gguf_tokenizer(files[0])
     own = path / OWN_FILE if path.is_dir() else path
     if own.name != OWN_FILE or not own.is_file():
         return BPETokenizer.load(path)

@@ -81,11 +81,10 @@ class Sampling:
             FloatingPointError: a row of logits holds NaN, infinity, or nothing but -infinity.
         """
         logits = self.filtered(logits, seen)
-        if not torch.isfinite(logits.amax(-1)).all():
+        highest, likeliest = logits.max(-1)
+        if not torch.isfinite(highest).all():
             raise FloatingPointError("logits: the model's output is not finite (NaN or infinity)")
-        if self.greedy:
-            return logits.argmax(-1)
-        return pick(logits, uniform)
+        return likeliest if self.greedy else pick(logits, uniform)
 
 
 def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

@@ -22,7 +22,7 @@ __all__ = ["complete", "stream"]
 def stream(
     model: GPT,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: str | Sequence[int],
     *,
     max_new_tokens: int,
     sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
@@ -32,9 +32,10 @@ def stream(
 ) -> Iterator[str]:
     """The continuation of `prompt`, piece by piece as it is sampled, without the prompt.
 
-    Pieces hold whole characters. Ends at the tokenizer's end-of-document token, before a stop string, or after
-    `max_new_tokens`. An empty prompt starts a new document. Seeds as in `llmfast.generate.generate`. `on_step(n)` is
-    called after each step, with how many there have been.
+    Pieces hold whole characters. Ends at one of the tokenizer's `stop_ids`, before a stop string, or after
+    `max_new_tokens`. A text follows the tokenizer's `prefix_ids`; an empty one starts a new document; a list of token ids
+    is taken as it is. Seeds as in `llmfast.generate.generate`. `on_step(n)` is called after each step, with how many
+    there have been.
 
     Raises:
         ValueError: when called, not at the first piece: an argument is out of range, or the context too short.
@@ -64,7 +65,7 @@ def stream(
 def complete(
     model: GPT,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     *,
     max_new_tokens: int,
     sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
@@ -95,7 +96,7 @@ def complete(
 def _decoding(
     model: GPT,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     max_new_tokens: int,
     sampling: Sampling,
     seed: int | None,
@@ -108,16 +109,20 @@ def _decoding(
         sampling,
         seed=seed,
         eot_id=tokenizer.eot_id,
+        stop_ids=tokenizer.stop_ids,
         vocab_size=min(tokenizer.vocab_size, model.config.vocab_size),
     )
 
 
-def _encode(tokenizer: Tokenizer, prompt: str) -> Tensor:
-    ids = tokenizer.encode(prompt)
+def _encode(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> Tensor:
+    if not isinstance(prompt, str):
+        return torch.tensor(list(prompt), dtype=torch.int64)
+    ids = [*tokenizer.prefix_ids, *tokenizer.encode(prompt)]
     if not ids:
-        if tokenizer.eot_id is None:
+        start = tokenizer.eot_id if tokenizer.bos_id is None else tokenizer.bos_id
+        if start is None:
             raise ValueError(
                 "prompt: got no text, expected some: this tokenizer has no end-of-document token to start at"
             )
-        ids = [tokenizer.eot_id]
+        ids = [start]
     return torch.tensor(ids, dtype=torch.int64)

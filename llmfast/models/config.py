@@ -3,10 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["PRESETS", "GPTConfig"]
+__all__ = ["PRESETS", "GPTConfig", "RotaryScaling"]
+
+
+@dataclass(frozen=True)
+class RotaryScaling:
+    """Rotary frequencies changed for a longer context than the model was first trained with.
+
+    Attributes:
+        kind: ``linear`` divides every frequency by `factor`; ``llama3`` (Llama 3.1) only those that turn fewer than
+            `low_freq_factor` times in `original_context` positions, none of those that turn more than
+            `high_freq_factor` times, and the ones between in part.
+        factor: above 0.
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("linear", "llama3"):
+            raise ValueError(f"rotary_scaling: got kind {self.kind!r}, expected linear or llama3")
+        if not self.factor > 0:
+            raise ValueError(f"rotary_scaling: got factor {self.factor}, expected a number above 0")
 
 
 @dataclass(frozen=True)
@@ -28,7 +53,10 @@ class GPTConfig:
         gated: FFN with a gate (SwiGLU when the activation is silu).
         position: ``learned`` (added to the embedding) or ``rotary``.
         rotary_theta: base of the rotary frequencies.
+        rotary_scaling: how they are changed for long contexts, or None.
         bias: biases in linear layers and LayerNorm.
+        qkv_bias: biases of the query, key and value projection; None means `bias`.
+        out_bias: bias of attention's output projection; None means `bias`.
         tie_embeddings: the head uses the embedding's weight.
         window: sliding-window attention over this many tokens (each token and those before it), or None.
         activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
@@ -48,12 +76,17 @@ class GPTConfig:
     gated: bool = False
     position: Literal["learned", "rotary"] = "learned"
     rotary_theta: float = 10000.0
+    rotary_scaling: RotaryScaling | None = None
     bias: bool = True
+    qkv_bias: bool | None = None
+    out_bias: bool | None = None
     tie_embeddings: bool = True
     window: int | None = None
     activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.rotary_scaling, Mapping):  # as it comes from JSON
+            object.__setattr__(self, "rotary_scaling", RotaryScaling(**self.rotary_scaling))
         for name in ("vocab_size", "context", "layers", "heads", "width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected a positive number")
@@ -84,6 +117,14 @@ class GPTConfig:
     def F(self) -> int:
         return 4 * self.width if self.ffn_width is None else self.ffn_width
 
+    @property
+    def has_qkv_bias(self) -> bool:
+        return self.bias if self.qkv_bias is None else self.qkv_bias
+
+    @property
+    def has_out_bias(self) -> bool:
+        return self.bias if self.out_bias is None else self.out_bias
+
     def replace(self, **changes) -> GPTConfig:
         return dataclasses.replace(self, **changes)
 
@@ -97,7 +138,8 @@ class GPTConfig:
         """All trainable parameters; a tied head counts once."""
         C, D = self.width, self.D
         norm = C * (2 if self.norm == "layer_norm" and self.bias else 1)
-        biases = ((self.heads + 2 * self.Hkv) * D + C + self.F + C) if self.bias else 0
+        biases = (self.F + C if self.bias else 0) + (C if self.has_out_bias else 0)
+        biases += (self.heads + 2 * self.Hkv) * D if self.has_qkv_bias else 0
         block = self.block_matmul_parameters() + 2 * norm + biases
         embedding = self.vocab_size * C * (1 if self.tie_embeddings else 2)
         positions = self.context * C if self.position == "learned" else 0

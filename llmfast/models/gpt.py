@@ -7,6 +7,7 @@ the stream (one fused pass), so a block hands on two tensors: its last output, n
 from __future__ import annotations
 
 import math
+import os
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from llmfast import ops
 from llmfast.models.config import PRESETS, GPTConfig
+from llmfast.models.rotary import rotary_frequencies
 from llmfast.nn import FFN, AddLayerNorm, AddRMSNorm, Embedding, KVCache, Linear, SelfAttention
+from llmfast.nn.block import fused_block
 
 __all__ = ["GPT", "Block"]
 
@@ -32,12 +35,21 @@ class Block(nn.Module):
         super().__init__()
         self.attention_norm = _norm(config)
         self.attention = SelfAttention(
-            config.width, config.heads, config.Hkv, config.D, config.bias, config.bias, config.window
+            config.width,
+            config.heads,
+            config.Hkv,
+            config.D,
+            config.has_qkv_bias,
+            config.has_out_bias,
+            config.window,
         )
         self.ffn_norm = _norm(config)
         self.ffn = FFN(config.width, config.F, config.activation, config.gated, config.bias)
 
     def forward(self, x: Tensor, stream: Tensor | None, rotary, mask, cu_seqlens, cache) -> tuple[Tensor, Tensor]:
+        done = fused_block(self, x, stream, rotary, mask, cu_seqlens, cache)
+        if done is not None:
+            return done
         normed, stream = self.attention_norm(x, stream)
         x = self.attention(normed, rotary, mask, cu_seqlens, cache)
         normed, stream = self.ffn_norm(x, stream)
@@ -60,7 +72,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = _norm(config)
         self.head = None if config.tie_embeddings else Linear(config.width, config.vocab_size, bias=False)
-        self._rotary: tuple[Tensor, Tensor] | None = None
+        self._frequencies = rotary_frequencies(config) if config.position == "rotary" else None
         self.reset_parameters()
 
     @classmethod
@@ -73,6 +85,48 @@ class GPT(nn.Module):
         if name not in PRESETS:
             raise ValueError(f"name: got {name!r}, expected one of {', '.join(PRESETS)}")
         return cls(PRESETS[name].replace(**overrides))
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike, dtype: torch.dtype | None = None) -> GPT:
+        """A model with the weights in a Hugging Face folder, a GGUF file or an llmfast checkpoint.
+
+        See `llmfast.models.pretrained.load_pretrained`; ``llmfast.data.load_tokenizer(path)`` gives the tokenizer.
+
+        Args:
+            path: folder with ``config.json`` and safetensors (one file or shards) of a GPT-2, Llama, Mistral or Qwen2
+                model; a ``.gguf`` file of one of these (needs the extra ``hf``), or a folder with exactly one.
+            dtype: of the parameters: float32, bfloat16 or float16. Default: the one that the files name; float32 for a
+                quantised GGUF, whose numbers it holds exactly.
+
+        Raises:
+            FileNotFoundError: no model is there. ValueError: it is one that `GPT` cannot represent (the message names
+            the field), or a file is damaged.
+
+        Example:
+            >>> model = GPT.from_pretrained("SmolLM2-135M-Instruct", torch.bfloat16)
+        """
+        from llmfast.models.pretrained import load_pretrained
+
+        return load_pretrained(path, dtype, cls)
+
+    def save_pretrained(
+        self, folder: str | os.PathLike, tokenizer=None, *, max_shard_bytes: int = 5 * 10**9, overwrite: bool = False
+    ) -> None:
+        """Writes a folder that ``transformers.AutoModelForCausalLM`` loads, with the same logits.
+
+        See `llmfast.models.pretrained.save_pretrained`.
+
+        Args:
+            folder: made if absent; one that holds anything is refused unless `overwrite`.
+            tokenizer: a `llmfast.data.Tokenizer` to save beside the weights.
+            max_shard_bytes: larger models are split into several files.
+
+        Raises:
+            FileExistsError: the folder is not empty. ValueError: no transformers architecture has this configuration.
+        """
+        from llmfast.models.pretrained import save_pretrained
+
+        save_pretrained(self, folder, tokenizer, max_shard_bytes=max_shard_bytes, overwrite=overwrite)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -126,6 +180,29 @@ class GPT(nn.Module):
         Raises:
             ValueError: more positions than `config.context`, or arguments that exclude each other.
         """
+        normed = self.hidden(
+            input_ids,
+            position_ids=position_ids,
+            mask=mask,
+            cu_seqlens=cu_seqlens,
+            caches=caches,
+            last_only=last_only,
+        )
+        if targets is None:
+            return ops.linear(normed, self.head_weight)
+        return ops.linear_cross_entropy(normed, self.head_weight, targets, reduction=reduction)
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        caches: list[KVCache] | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """What the head reads: the final norm's output ``[B, T, C]``, in the parameters' dtype. Arguments as `forward`."""
         B, T = input_ids.shape
         seen = caches[0].length if caches else 0
         if seen + T > self.config.context:
@@ -146,10 +223,7 @@ class GPT(nn.Module):
                 x, stream = block(*arguments)
         if last_only:
             x, stream = x[:, -1:], stream[:, -1:]
-        normed, _ = self.norm(x, stream)
-        if targets is None:
-            return ops.linear(normed, self.head_weight)
-        return ops.linear_cross_entropy(normed, self.head_weight, targets, reduction=reduction)
+        return self.norm(x, stream)[0]
 
     def generate(self, input_ids: Tensor, *, max_new_tokens: int, **options) -> Tensor:
         """Continues ``[B, T]`` by up to `max_new_tokens`; see `llmfast.generate.generate` for the options."""
@@ -158,9 +232,9 @@ class GPT(nn.Module):
         return generate(self, input_ids, max_new_tokens=max_new_tokens, **options)
 
     def _rotary_at(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin ``[..., T, D / 2]`` at the given positions, from a table that is made once."""
-        if self._rotary is None or self._rotary[0].device != position_ids.device:
-            tables = ops.rotary_tables(self.config.context, self.config.D, self.config.rotary_theta)
-            self._rotary = tuple(t.to(position_ids.device) for t in tables)
-        cos, sin = self._rotary
-        return cos[position_ids], sin[position_ids]
+        """cos and sin ``[..., T, D / 2]`` at the given positions."""
+        if self._frequencies.device != position_ids.device:
+            self._frequencies = self._frequencies.to(position_ids.device)
+        # In float32, as transformers computes it: what checkpoints were trained with.
+        angles = position_ids[..., None].float() * self._frequencies
+        return angles.cos(), angles.sin()

@@ -29,17 +29,26 @@ class KVCache:
             ValueError: the cache is full, or the batch differs from the first call's.
         """
         B, H, T, D = k.shape
+        buffer_k, buffer_v, start = self.reserve(B, H, T, D, k)
+        buffer_k[:, :, start : self.length] = k
+        buffer_v[:, :, start : self.length] = v
+        return buffer_k[:, :, : self.length], buffer_v[:, :, : self.length]
+
+    def reserve(self, B: int, H: int, T: int, D: int, like: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Makes room for T more tokens: both buffers, and the position at which the caller writes them.
+
+        Raises:
+            ValueError: as `append` does.
+        """
         if self.k is None or self.v is None:
-            self.k, self.v = k.new_empty(B, H, self.capacity, D), v.new_empty(B, H, self.capacity, D)
-        end = self.length + T
+            self.k, self.v = (like.new_empty(B, H, self.capacity, D) for _ in range(2))
+        start, end = self.length, self.length + T
         if end > self.capacity:
-            raise ValueError(f"k: got {T} more tokens on top of {self.length}, expected at most {self.capacity} in all")
-        if k.shape[0] != self.k.shape[0]:
+            raise ValueError(f"k: got {T} more tokens on top of {start}, expected at most {self.capacity} in all")
+        if self.k.shape[0] != B:
             raise ValueError(f"k: got batch {B}, expected {self.k.shape[0]} as before")
-        self.k[:, :, self.length : end] = k
-        self.v[:, :, self.length : end] = v
         self.length = end
-        return self.k[:, :, :end], self.v[:, :, :end]
+        return self.k, self.v, start
 
 
 class SelfAttention(nn.Module):

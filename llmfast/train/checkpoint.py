@@ -180,8 +180,10 @@ def remove_leftovers(run: Path) -> None:
             path.unlink()
 
 
-def find_checkpoint(path: str | os.PathLike) -> Path | None:
+def find_checkpoint(path: str | os.PathLike, argument: str = "resume") -> Path | None:
     """The checkpoint that `path` means: itself, or the latest of a run; None if the run has none.
+
+    `argument` is what messages call `path`.
 
     Raises:
         FileNotFoundError: `path` is neither. CheckpointError: ``latest`` names a checkpoint that is not there.
@@ -192,7 +194,7 @@ def find_checkpoint(path: str | os.PathLike) -> Path | None:
     if _NAME.fullmatch(path.name) and path.is_dir():
         return path
     if path.name != FOLDER or not path.is_dir():
-        raise FileNotFoundError(f"resume: got {str(path)!r}, expected the folder of a run or of a checkpoint")
+        raise FileNotFoundError(f"{argument}: got {str(path)!r}, expected the folder of a run or of a checkpoint")
     steps = _steps(path)
     if not (path / "latest").exists():  # killed between its first checkpoint and the pointer to it
         return path / checkpoint_name(steps[-1]) if steps else None
@@ -317,7 +319,7 @@ def load_model(path: str | os.PathLike, dtype: torch.dtype | None = None) -> tup
     Example:
         >>> model, tokenizer = load_model("runs/shakespeare")
     """
-    checkpoint = find_checkpoint(path)
+    checkpoint = find_checkpoint(path, "path")
     if checkpoint is None:
         raise FileNotFoundError(f"{path}: the run has no checkpoint yet")
     read_checkpoint(checkpoint)

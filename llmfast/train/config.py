@@ -18,7 +18,9 @@ from llmfast.train.schedule import SCHEDULES
 
 __all__ = ["PretrainConfig", "read_config_file"]
 
-MODEL_FIELDS = tuple(f.name for f in dataclasses.fields(GPTConfig) if f.name != "vocab_size")
+# vocab_size is the tokenizer's; the others are there for loaded checkpoints.
+_NO_FLAG = ("vocab_size", "qkv_bias", "out_bias", "rotary_scaling")
+MODEL_FIELDS = tuple(f.name for f in dataclasses.fields(GPTConfig) if f.name not in _NO_FLAG)
 
 
 @dataclass

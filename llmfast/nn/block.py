@@ -1,0 +1,185 @@
+"""A transformer block as one node of the autograd graph: the kernels that its modules call, in one native call.
+
+A fifth of a small model's training step, and more of a decoding step, is the cost of calling: each op checks its
+arguments, allocates, and makes a graph node. Here a block is one native call (csrc/block), the gradients of queries, keys
+and values land in the one tensor that the projection's backward pass reads (no concatenation), and the stream's gradient
+is summed where a norm passes over it anyway. The kernels and their order are those of the modules.
+
+`fused_block` declines whatever could tell the difference (hooks, replaced or parametrised modules, `torch.compile`,
+autocast, dispatch modes, other devices); the modules then run one by one.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
+
+from llmfast import backend
+from llmfast.nn.attention import KVCache, SelfAttention
+from llmfast.nn.layers import FFN, AddLayerNorm, AddRMSNorm, Linear
+from llmfast.ops._native_op import _plain_eager
+from llmfast.ops.ffn import ACTIVATIONS
+
+__all__ = ["fused_block"]
+
+_NORMS = (AddLayerNorm, AddRMSNorm)
+
+
+class Weights(NamedTuple):
+    """A block's parameters in the order in which data meets them; None where the block has none."""
+
+    norm1: Tensor
+    norm1_bias: Tensor | None
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    out: Tensor
+    out_bias: Tensor | None
+    norm2: Tensor
+    norm2_bias: Tensor | None
+    up: Tensor
+    up_bias: Tensor | None
+    gate: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+
+
+def fused_block(
+    block: nn.Module,
+    x: Tensor,
+    stream: Tensor | None,
+    rotary: tuple[Tensor, Tensor] | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    cache: KVCache | None,
+) -> tuple[Tensor, Tensor] | None:
+    """``block(x, stream, ...)`` in one node, or None where its modules have to be called one by one.
+
+    `block` has the submodules attention_norm, attention, ffn_norm and ffn, as `llmfast.models.Block` has; see there for
+    the arguments, ``[B, T, C]``.
+    """
+    if torch.compiler.is_compiling() or not x.is_cpu or torch.is_autocast_enabled("cpu") or _has_any_global_hook():
+        return None
+    weights = _weights(block)
+    if weights is None or x.numel() == 0 or not x.is_contiguous():
+        return None
+    cos, sin = rotary or (None, None)
+    tensors = (x, stream, cos, sin, mask, *weights)
+    if not _plain_eager(tensors) or any(w is not None and w.dtype != weights.qkv.dtype for w in weights):
+        return None
+    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if differentiable and (cache is not None or (mask is not None and mask.requires_grad)):
+        return None
+    B, T, _ = x.shape
+    if mask is not None:
+        seen = cache.length if cache is not None else 0
+        mask = mask.expand(B, block.attention.heads, T, seen + T)
+    extras = (cos, sin, mask, cu_seqlens)
+    if differentiable:
+        return _BlockFunction.apply(_settings(block), extras, x, stream, *weights)
+    out = x.new_empty(x.shape, dtype=weights.qkv.dtype)
+    stream_out = torch.empty_like(x if stream is None else stream)
+    k = v = None
+    cached = 0
+    if cache is not None:
+        k, v, cached = cache.reserve(B, block.attention.kv_heads, T, block.attention.head_dim, out)
+    backend.native().block_forward(_settings(block), weights, (x, stream, *extras, k, v), cached, out, stream_out, None)
+    return out, stream_out
+
+
+def _weights(block: nn.Module) -> Weights | None:
+    """The parameters, if every submodule is of the class that we know and nobody hooked into it."""
+    modules = block._modules
+    norm1, attention, norm2, ffn = (modules[n] for n in ("attention_norm", "attention", "ffn_norm", "ffn"))
+    if type(norm1) not in _NORMS or type(norm2) is not type(norm1):
+        return None
+    if type(attention) is not SelfAttention or type(ffn) is not FFN:
+        return None
+    linears = (
+        attention._modules["qkv"],
+        attention._modules["out"],
+        ffn._modules["up"],
+        ffn._modules["down"],
+        ffn._modules.get("gate"),
+    )
+    if any(type(linear) is not Linear for linear in linears if linear is not None):
+        return None
+    if any(_hooked(m) for m in (norm1, attention, norm2, ffn, *linears) if m is not None):
+        return None
+    qkv, out, up, down = (linear._parameters for linear in linears[:4])
+    gate = None if linears[4] is None else linears[4]._parameters["weight"]
+    n1, n2 = norm1._parameters, norm2._parameters
+    return Weights(
+        n1["weight"], n1.get("bias"), qkv["weight"], qkv["bias"], out["weight"], out["bias"],
+        n2["weight"], n2.get("bias"), up["weight"], up["bias"], gate, down["weight"], down["bias"],
+    )  # fmt: skip
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _settings(block: nn.Module):
+    """The native description of all in `block` that is not a tensor, made once."""
+    attention, norm1, norm2 = block.attention, block.attention_norm, block.ffn_norm
+    key = (attention.window, norm1.eps, norm2.eps, block.ffn.activation)
+    made = block.__dict__.get("_native_settings")
+    if made is not None and made[0] == key:
+        return made[1]
+    settings = backend.native().BlockSettings(
+        attention.heads,
+        attention.kv_heads,
+        attention.head_dim,
+        None if attention.window is None else attention.window - 1,
+        type(norm1) is AddLayerNorm,
+        norm1.eps,
+        norm2.eps,
+        attention.head_dim**-0.5,
+        ACTIVATIONS.index(block.ffn.activation),
+    )
+    block.__dict__["_native_settings"] = key, settings
+    return settings
+
+
+class _BlockFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, settings, extras, x: Tensor, stream: Tensor | None, *weights: Tensor | None):
+        native = backend.native()
+        inputs = (x, stream, *extras, None, None)
+        saved = torch.empty(native.block_saved_bytes(settings, weights, inputs) // 4, dtype=torch.float32)
+        out = x.new_empty(x.shape, dtype=weights[2].dtype)
+        stream_out = torch.empty_like(x if stream is None else stream)
+        native.block_forward(settings, weights, inputs, 0, out, stream_out, saved)
+        ctx.settings, ctx.first = settings, stream is None
+        ctx.save_for_backward(x, *extras, stream_out, saved, *weights)
+        return out, stream_out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out: Tensor, d_stream_out: Tensor):
+        x, cos, sin, mask, cu_seqlens, stream_out, saved, *weights = ctx.saved_tensors
+        needs = ctx.needs_input_grad[4:]
+        d_weights = tuple(torch.empty_like(w) if need else None for w, need in zip(weights, needs))
+        d_stream = torch.empty_like(stream_out)
+        narrow = x.dtype != stream_out.dtype
+        d_x = torch.empty_like(x) if narrow else None
+        # stream_out stands for the incoming stream, of which only the shape and dtype still matter
+        inputs = (x, None if ctx.first else stream_out, cos, sin, mask, cu_seqlens, None, None)
+        backend.native().block_backward(
+            ctx.settings,
+            tuple(weights),
+            inputs,
+            stream_out,
+            saved,
+            d_out.contiguous(),
+            d_stream_out.contiguous(),
+            d_x,
+            d_stream,
+            d_weights,
+        )
+        return None, None, d_x if narrow else d_stream, None if ctx.first else d_stream, *d_weights

@@ -1,0 +1,195 @@
+"""A block in one native call against its modules, one by one: values, gradients, caches, and when it steps aside."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import llmfast
+from llmfast.models import GPT, GPTConfig
+from llmfast.nn.block import fused_block
+
+FAMILIES = {
+    "gpt2": {"norm": "layer_norm", "position": "learned", "activation": "gelu_tanh", "bias": True},
+    "llama": {
+        "norm": "rms_norm",
+        "position": "rotary",
+        "activation": "silu",
+        "gated": True,
+        "bias": False,
+        "kv_heads": 2,
+    },
+    "no biases, window": {
+        "norm": "layer_norm",
+        "position": "rotary",
+        "activation": "relu2",
+        "bias": False,
+        "window": 5,
+    },
+}
+
+
+def make(family: str, dtype=torch.float32, **changes) -> GPT:
+    torch.manual_seed(1)
+    config = GPTConfig(vocab_size=31, context=32, layers=2, heads=4, width=48, ffn_width=72, **FAMILIES[family])
+    return GPT(config.replace(**changes)).to(dtype)
+
+
+def by_modules(monkeypatch) -> None:
+    """Makes every block call its modules."""
+    monkeypatch.setattr("llmfast.models.gpt.fused_block", lambda *_: None)
+
+
+def losses_and_gradients(model: GPT, **arguments):
+    ids = torch.randint(31, (3, 18), generator=torch.Generator().manual_seed(2))
+    model.zero_grad()
+    loss = model(ids[:, :-1], ids[:, 1:], **arguments)
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def nodes(tensor: torch.Tensor) -> list[str]:
+    """Names of the nodes of `tensor`'s graph."""
+    names, queue, seen = [], [tensor.grad_fn], set()
+    while queue:
+        node = queue.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        names.append(node.name())
+        queue += [following for following, _ in node.next_functions]
+    return names
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_its_modules(family, dtype, isa, monkeypatch):
+    model = make(family, dtype)
+    loss, grads = losses_and_gradients(model)
+    assert nodes(model(torch.ones(1, 4, dtype=torch.int64))).count("_BlockFunctionBackward") == 2
+    by_modules(monkeypatch)
+    expected_loss, expected = losses_and_gradients(model)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=1e-6)
+    for name, grad in grads.items():
+        # the same kernels in the same order: only sums of gradients may be rounded once less
+        torch.testing.assert_close(
+            grad, expected[name], rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-5, msg=name
+        )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_documents(family, monkeypatch):
+    model = make(family)
+    bounds = torch.tensor([0, 5, 6, 30, 51], dtype=torch.int32)
+    loss, grads = losses_and_gradients(model, cu_seqlens=bounds)
+    by_modules(monkeypatch)
+    expected_loss, expected = losses_and_gradients(model, cu_seqlens=bounds)
+    torch.testing.assert_close(loss, expected_loss)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+def test_mask(kind, monkeypatch):
+    model = make("llama")
+    visible = torch.rand(3, 1, 1, 17, generator=torch.Generator().manual_seed(3)) > 0.3
+    mask = visible if kind == "bool" else torch.zeros(3, 1, 1, 17).masked_fill(~visible, -1e9)
+    loss, grads = losses_and_gradients(model, mask=mask)
+    by_modules(monkeypatch)
+    expected_loss, expected = losses_and_gradients(model, mask=mask)
+    torch.testing.assert_close(loss, expected_loss)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_caches(family, dtype, isa):
+    """Token by token and in pieces, a cache gives what the whole sequence gives."""
+    model = make(family, dtype)
+    ids = torch.randint(31, (2, 19), generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        whole = model(ids).float()
+        caches = model.caches(19)
+        pieces = [model(ids[:, a:b], caches=caches) for a, b in ((0, 7), (7, 8), (8, 9), (9, 16), (16, 17), (17, 19))]
+    bound = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(torch.cat(pieces, 1).float(), whole, rtol=bound, atol=bound)
+
+
+def test_a_full_cache_is_refused():
+    model = make("llama")
+    caches = model.caches(4)
+    with torch.no_grad():
+        model(torch.ones(1, 3, dtype=torch.int64), caches=caches)
+        with pytest.raises(ValueError, match="at most 4"):
+            model(torch.ones(1, 2, dtype=torch.int64), caches=caches)
+        with pytest.raises(ValueError, match="batch 2"):
+            model(torch.ones(2, 1, dtype=torch.int64), caches=caches)
+
+
+def test_frozen_weights(monkeypatch):
+    model = make("gpt2")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("blocks.1.attention" in name)
+    _, grads = losses_and_gradients(model)
+    by_modules(monkeypatch)
+    _, expected = losses_and_gradients(model)
+    assert {n for n, g in grads.items() if g is not None} == {n for n, g in expected.items() if g is not None}
+    for name, grad in grads.items():
+        if grad is not None:
+            torch.testing.assert_close(grad, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_activation_checkpointing():
+    plain, saving = make("llama"), make("llama", activation_checkpointing=True)
+    for (loss, grads), (expected_loss, expected) in [(losses_and_gradients(saving), losses_and_gradients(plain))]:
+        assert torch.equal(loss, expected_loss)
+        assert all(torch.equal(grad, expected[name]) for name, grad in grads.items())
+
+
+class Doubled(llmfast.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "how", ["forward hook", "backward hook", "replaced", "parametrised", "autocast", "mode", "dtypes"]
+)
+def test_steps_aside(how):
+    """Whatever the modules would have noticed, they notice."""
+    model = make("gpt2")
+    block, ids = model.blocks[0], torch.ones(1, 3, dtype=torch.int64)
+    x = model.embedding(ids, torch.arange(3))
+    assert fused_block(block, x, None, None, None, None, None) is not None
+    if how == "forward hook":
+        block.attention.qkv.register_forward_hook(lambda *_: None)
+    elif how == "backward hook":
+        block.ffn.down.register_full_backward_hook(lambda *_: None)
+    elif how == "replaced":
+        block.ffn.up = Doubled(48, 72)
+    elif how == "parametrised":
+        torch.nn.utils.parametrizations.weight_norm(block.attention.out)
+    elif how == "dtypes":
+        block.attention.qkv.to(torch.bfloat16)
+    if how == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            assert fused_block(block, x, None, None, None, None, None) is None
+    elif how == "mode":
+        with FlopCounterMode(display=False):
+            assert fused_block(block, x, None, None, None, None, None) is None
+    else:
+        assert fused_block(block, x, None, None, None, None, None) is None
+
+
+def test_compiles_through_the_modules():
+    model = make("gpt2")
+    ids = torch.randint(31, (2, 9), generator=torch.Generator().manual_seed(5))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(ids), model(ids))
+
+
+def test_second_derivatives_are_refused():
+    model = make("gpt2")
+    loss = model(torch.ones(1, 4, dtype=torch.int64), torch.ones(1, 4, dtype=torch.int64))
+    (grad,) = torch.autograd.grad(loss, model.blocks[0].ffn.up.weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad|once_differentiable"):
+        grad.sum().backward()
