@@ -6,14 +6,19 @@ import torch
 from torch import Tensor, nn
 
 from llmfast import ops
+from llmfast.nn._fallback import left_to_torch
 
 __all__ = ["FFN", "AddLayerNorm", "AddRMSNorm", "Embedding", "Linear"]
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear` on `llmfast.linear`."""
+    """`torch.nn.Linear` on `llmfast.linear`. What no kernel takes, float64 for one, is torch's own (counted)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if left_to_torch("Linear", x, self.weight, self.bias) or x.dim() == 0 or x.shape[-1] != self.in_features:
+            return super().forward(x)
+        if x.dtype != self.weight.dtype and not torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
         return ops.linear(x, self.weight, self.bias)
 
 

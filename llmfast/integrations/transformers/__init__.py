@@ -1,0 +1,23 @@
+"""Hugging Face transformers on llmfast's kernels.
+
+Importing this module registers the attention implementation, after which any model takes it by name:
+
+>>> import llmfast.integrations.transformers
+>>> model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="llmfast")
+>>> model.set_attn_implementation("llmfast")    # or later; back: model.set_attn_implementation("sdpa")
+
+`patch` goes further and replaces norms, linear layers, feed-forward networks, rotary embeddings and the loss too:
+
+>>> llmfast.patch(model)
+"""
+
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from llmfast.integrations.transformers import masks
+from llmfast.integrations.transformers.attention import attention_forward
+from llmfast.integrations.transformers.patching import Patched, patch, unpatch
+
+__all__ = ["Patched", "attention_forward", "patch", "unpatch"]
+
+AttentionInterface.register("llmfast", attention_forward)
+AttentionMaskInterface.register("llmfast", masks.build)

@@ -1,0 +1,168 @@
+"""transformers' attention interface on `llmfast.attention`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmfast import backend, ops
+from llmfast.integrations.transformers.masks import Mask, dense, read
+
+__all__ = ["attention_forward"]
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """What a model calls as ``attn_implementation="llmfast"``.
+
+    Args:
+        module: the attention layer; its `is_causal` holds where neither `is_causal` nor a mask says otherwise.
+        query: ``[B, Hq, Tq, D]``. key: ``[B, Hkv, Tk, D]``. value: ``[B, Hkv, Tk, Dv]``, heads not repeated.
+        attention_mask: from `masks.build`, or a caller's own boolean or additive mask ``[B or 1, Hq or 1, Tq, Tk]``.
+        dropout: of attention weights. Above 0 the layer runs in plain torch, counted.
+        sliding_window: a query sees itself and the sliding_window - 1 keys before it (causal layers).
+        s_aux: ``[Hq]``, a sink per head: one more score in the softmax, with no value.
+        position_bias: added to the scores, broadcastable to ``[B, Hq, Tq, Tk]``.
+        cu_seq_lens_q, cu_seq_lens_k: bounds of packed sequences in the B * T tokens; a mask of a caller's own or
+            padding goes before them.
+
+    Returns:
+        ``([B, Tq, Hq, Dv], None)``: attention weights are never stored.
+    """
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    mask = read(attention_mask, causal)
+    if mask.keys is not None and mask.keys != key.shape[2]:
+        key, value = key[:, :, : mask.keys], value[:, :, : mask.keys]
+    if sliding_window is not None and mask.causal and mask.window is None:
+        mask = mask._replace(window=sliding_window)
+    if cu_seq_lens_q is not None and mask.visible is None:
+        return _packed(query, key, value, mask, cu_seq_lens_q, cu_seq_lens_k, dropout, scaling, softcap, s_aux), None
+    if mask.cu_seqlens is not None:
+        bounds = mask.cu_seqlens
+        return _packed(query, key, value, mask, bounds, bounds, dropout, scaling, softcap, s_aux), None
+    if position_bias is not None:
+        mask = Mask(False, visible=_add_bias(position_bias, dense(mask, query.shape[2], key.shape[2], query.device)))
+    if query.shape[0] != key.shape[0]:  # learned queries, shared by the batch
+        query = query.expand(key.shape[0], -1, -1, -1)
+    if dropout > 0 or (s_aux is not None and not query.is_cpu):
+        out = _plain(query, key, value, mask, dropout, scaling, softcap, s_aux)
+    elif s_aux is not None:
+        out = _with_sinks(query, key, value, mask, scaling, softcap, s_aux)
+    else:
+        out = ops.attention(
+            query,
+            key,
+            value,
+            causal=mask.causal,
+            mask=mask.visible,
+            window=mask.window,
+            scale=scaling,
+            softcap=softcap,
+        )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _packed(query, key, value, mask: Mask, bounds_q, bounds_k, dropout, scaling, softcap, s_aux) -> Tensor:
+    """Packed sequences: the batch is one stream of tokens. ``[B, Tq, Hq, Dv]``."""
+    B, _, Tq, _ = query.shape
+    if dropout > 0 or s_aux is not None:
+        segment_q, segment_k = _segments(bounds_q, B, Tq), _segments(bounds_k, B, key.shape[2])
+        visible = (segment_q[:, :, None] == segment_k[:, None, :])[:, None]
+        if mask.causal:
+            visible = visible & dense(Mask(True, mask.window), Tq, key.shape[2], query.device)
+        mask = Mask(False, visible=visible)
+        if s_aux is not None and dropout == 0 and query.is_cpu:
+            return _with_sinks(query, key, value, mask, scaling, softcap, s_aux).transpose(1, 2).contiguous()
+        return _plain(query, key, value, mask, dropout, scaling, softcap, s_aux).transpose(1, 2).contiguous()
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    window = mask.window if mask.causal else None
+    out = ops.varlen_attention(
+        q, k, v, bounds_q, bounds_k, causal=mask.causal, window=window, scale=scaling, softcap=softcap
+    )
+    return out.view(B, Tq, *out.shape[1:])
+
+
+def _segments(bounds: Tensor, B: int, T: int) -> Tensor:
+    """Which sequence each of the B * T tokens belongs to: ``[B, T]``."""
+    return torch.bucketize(torch.arange(B * T, device=bounds.device), bounds[1:], right=True).view(B, T)
+
+
+def _add_bias(bias: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return bias
+    return bias + mask if mask.is_floating_point() else bias.masked_fill(~mask, float("-inf"))
+
+
+def _plain(query, key, value, mask: Mask, dropout, scaling, softcap, s_aux) -> Tensor:
+    """Plain torch, for what no kernel does: dropout of attention weights."""
+    backend.count_fallback("attention", "dropout" if dropout > 0 else f"sinks on {query.device.type}")
+    visible = dense(mask, query.shape[2], key.shape[2], query.device)
+    if not softcap and s_aux is None:
+        gqa = query.shape[1] != key.shape[1]
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=visible, dropout_p=dropout, scale=scaling, enable_gqa=gqa
+        )
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if visible is not None:
+        scores = _add_bias(scores, visible)
+    if s_aux is not None:
+        sinks = s_aux.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], -1)
+    weights = scores.softmax(-1, torch.float32).to(query.dtype)[..., : key.shape[2]]
+    return F.dropout(weights, dropout) @ value
+
+
+def _with_sinks(query, key, value, mask: Mask, scaling, softcap, s_aux) -> Tensor:
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    visible = mask.visible
+    left = mask.window - 1 if mask.window else None
+    right = 0 if mask.causal else None
+    return _Sinks.apply(query, key, value, s_aux, visible, left, right, scale, float(softcap or 0.0))
+
+
+class _Sinks(torch.autograd.Function):
+    """Attention whose softmax has one more score s per head, without a value.
+
+    With ``lse' = log(exp(lse) + exp(s))`` the weights are ``exp(score - lse')``: the output is ``out * exp(lse - lse')``,
+    and the kernel's backward pass, which recomputes weights from lse, is exact when handed lse' and that output. The
+    sink's own weight ``exp(s - lse')`` has gradient ``-sum(weight * (grad . out))``.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, sinks, mask, left, right, scale, softcap):
+        out, lse = torch.ops.llmfast.attention_forward(q, k, v, mask, left, right, scale, softcap)
+        total = torch.logaddexp(lse, sinks.float()[None, :, None])
+        out = out * (lse - total).exp()[..., None].to(out.dtype)
+        ctx.save_for_backward(q, k, v, out, total, sinks, mask)
+        ctx.options = left, right, scale, softcap
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, out, total, sinks, mask = ctx.saved_tensors
+        d_q, d_k, d_v = torch.ops.llmfast.attention_backward(grad, q, k, v, out, total, mask, *ctx.options)
+        d_sinks = None
+        if ctx.needs_input_grad[3]:
+            weight = (sinks.float()[None, :, None] - total).exp()
+            d_sinks = -(weight * (grad.float() * out.float()).sum(-1)).sum((0, 2)).to(sinks.dtype)
+        return d_q, d_k, d_v, d_sinks, None, None, None, None, None

@@ -1,0 +1,32 @@
+"""When a drop-in module leaves a call to torch's own."""
+
+from __future__ import annotations
+
+import torch
+
+from llmfast import backend
+from llmfast.ops._native_op import overrides_torch
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def left_to_torch(op: str, x: torch.Tensor, *weights: torch.Tensor | None) -> bool:
+    """Whether torch's own module has to compute `op`, counted. Its errors are torch's, too: anything odd goes there."""
+    reason = _why_not_native(x, weights)
+    if reason is not None:
+        backend.count_fallback(op, reason)
+    return reason is not None
+
+
+def _why_not_native(x, weights) -> str | None:
+    if not isinstance(x, torch.Tensor):
+        return "arguments that do not fit"
+    if not x.is_cpu:
+        return f"no kernel for device {x.device.type}"
+    if x.dtype not in FLOATING:
+        return f"dtype {x.dtype}"
+    if x.is_nested:
+        return "a nested tensor"
+    if overrides_torch(x) or any(overrides_torch(w) for w in weights):
+        return "a tensor subclass"
+    return None

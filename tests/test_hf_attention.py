@@ -1,0 +1,372 @@
+"""``attn_implementation="llmfast"`` against transformers' own attention, on tiny random models."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", "5.0")
+
+import llmfast.integrations.transformers  # noqa: E402, F401
+from llmfast import backend  # noqa: E402
+from llmfast.integrations.transformers import masks  # noqa: E402
+
+from transformers import (  # noqa: E402  isort: skip
+    BertConfig,
+    BertModel,
+    DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    ModernBertConfig,
+    ModernBertModel,
+    StaticCache,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+V = 96
+TINY = dict(
+    vocab_size=V,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+
+
+def _llama():
+    return LlamaForCausalLM(LlamaConfig(**TINY))
+
+
+def _mistral():
+    return MistralForCausalLM(MistralConfig(**TINY, sliding_window=5))
+
+
+def _gemma2():
+    return Gemma2ForCausalLM(Gemma2Config(**TINY, head_dim=8, sliding_window=5, attn_logit_softcapping=2.0))
+
+
+def _gemma3():
+    types = ["sliding_attention", "full_attention"]
+    return Gemma3ForCausalLM(Gemma3TextConfig(**TINY, head_dim=8, sliding_window=5, layer_types=types))
+
+
+def _gpt_oss():
+    config = GptOssConfig(
+        **TINY, head_dim=8, sliding_window=5, num_local_experts=2, num_experts_per_tok=1, rope_parameters=None
+    )
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+    return GptOssForCausalLM(config)
+
+
+MODELS = {"llama": _llama, "mistral": _mistral, "gemma2": _gemma2, "gemma3": _gemma3, "gpt_oss": _gpt_oss}
+# What each is compared with: sdpa, or eager where sdpa lacks softcap or sinks.
+PEER = {"llama": "sdpa", "mistral": "sdpa", "gemma2": "eager", "gemma3": "sdpa", "gpt_oss": "eager"}
+
+
+@pytest.fixture(autouse=True)
+def _strict(monkeypatch):
+    monkeypatch.setenv("LLMFAST_STRICT", "1")
+
+
+def _model(name: str):
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # larger than the usual initialisation, so that attention is not uniform
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2)
+    return model
+
+
+def _batch(B: int = 2, T: int = 13, side: str | None = None):
+    ids = torch.randint(3, V, (B, T))
+    mask = torch.ones_like(ids)
+    if side == "left":
+        mask[0, :4] = 0
+    elif side == "right":
+        mask[0, -4:] = 0
+    return ids.masked_fill(mask == 0, 0), mask
+
+
+def _both(model, peer: str, call):
+    model.set_attn_implementation(peer)
+    expected = call()
+    model.set_attn_implementation("llmfast")
+    return call(), expected
+
+
+@pytest.mark.parametrize("side", [None, "left", "right"])
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_gradients(name, side):
+    model = _model(name)
+    ids, mask = _batch(side=side)
+    labels = ids.masked_fill((mask == 0) | (mask.roll(1, 1) == 0), -100)  # nothing is predicted from padding
+
+    def call():
+        model.zero_grad()
+        out = model(ids, attention_mask=mask, labels=labels)
+        out.loss.backward()
+        return out.logits[mask == 1], [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    ours, expected = _both(model, PEER[name], call)
+    torch.testing.assert_close(ours[0], expected[0], atol=2e-5, rtol=1e-5)
+    assert len(ours[1]) == len(expected[1])
+    for a, b in zip(ours[1], expected[1]):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+
+
+GENERATE = {
+    "greedy": {},
+    "static": {"cache_implementation": "static"},
+    "beams": {"num_beams": 3},
+    "no_cache": {"use_cache": False},
+    "chunked": {"prefill_chunk_size": 4},
+}
+
+
+@pytest.mark.parametrize("how", GENERATE)
+@pytest.mark.parametrize("name", MODELS)
+def test_generate(name, how):
+    model = _model(name)
+    ids, mask = _batch(side="left")
+
+    def call():
+        return model.generate(
+            ids, attention_mask=mask, max_new_tokens=9, do_sample=False, min_new_tokens=9, **GENERATE[how]
+        )
+
+    ours, expected = _both(model, PEER[name], call)
+    assert ours.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("cache", [DynamicCache, StaticCache])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
+def test_prefill_in_pieces(name, cache):
+    """More than one query on top of a cache: queries are the last ones, in static caches not the last slots."""
+    model = _model(name)
+    ids, _ = _batch(T=14)
+
+    def call():
+        options = {"max_cache_len": 20} if cache is StaticCache else {}
+        past = cache(config=model.config, **options)
+        with torch.no_grad():
+            return torch.cat([model(part, past_key_values=past).logits for part in ids.split([7, 1, 4, 2], 1)], 1)
+
+    ours, expected = _both(model, PEER[name], call)
+    torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(ours, model(ids).logits, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_sequences(name):
+    """Position ids that start again, and cu_seq_lens, separate documents; the result is that of each alone."""
+    model = _model(name)
+    lengths = [3, 9, 1, 7]
+    ids, _ = _batch(B=1, T=sum(lengths))
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    varlen = dict(cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=9, max_length_k=9)
+    model.set_attn_implementation(PEER[name])
+    expected = torch.cat([model(part).logits for part in ids.split(lengths, 1)], 1)
+    model.set_attn_implementation("llmfast")
+    if name != "gpt_oss":  # whose own code builds its mask without position ids
+        from_positions = model(ids, position_ids=positions, use_cache=False).logits
+        torch.testing.assert_close(from_positions, expected, atol=2e-5, rtol=1e-5)
+    with_bounds = model(ids, position_ids=positions, use_cache=False, **varlen).logits
+    torch.testing.assert_close(with_bounds, expected, atol=2e-5, rtol=1e-5)
+
+
+def test_packed_batch():
+    model = _model("mistral")
+    ids, _ = _batch(B=2, T=16)
+    positions = torch.stack([torch.cat([torch.arange(n) for n in lengths]) for lengths in ((7, 9), (16,))])
+
+    ours, expected = _both(model, "sdpa", lambda: model(ids, position_ids=positions, use_cache=False).logits)
+    torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-5)
+
+
+def test_sink_gradients():
+    model = _model("gpt_oss")
+    lengths = [6, 10]
+    ids, _ = _batch(B=1, T=16)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+
+    def call():
+        model.zero_grad()
+        model(ids, position_ids=positions, labels=ids, use_cache=False).loss.backward()
+        return [layer.self_attn.sinks.grad.clone() for layer in model.model.layers]
+
+    ours, expected = _both(model, "eager", call)
+    for a, b in zip(ours, expected):
+        assert b.abs().max() > 0
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_own_mask(kind):
+    """A caller's 4-D mask is taken as it is, whatever its shape."""
+    model = _model("llama")
+    ids, _ = _batch(T=8)
+    visible = torch.ones(2, 1, 8, 8, dtype=torch.bool).tril()
+    visible[0, :, 4:, 1] = False
+    mask = visible if kind == "bool" else torch.where(visible, 0.0, float("-inf"))
+
+    ours, expected = _both(model, "sdpa", lambda: model(ids, attention_mask=mask, use_cache=False).logits)
+    torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("side", [None, "left", "right"])
+@pytest.mark.parametrize("name", ["bert", "modernbert"])
+def test_encoders(name, side):
+    small = {**TINY, "type_vocab_size": 2}
+    small.pop("num_key_value_heads")
+    torch.manual_seed(0)
+    if name == "bert":
+        model = BertModel(BertConfig(**small)).eval()
+    else:
+        model = ModernBertModel(ModernBertConfig(**small, local_attention=6, cls_token_id=1, sep_token_id=2)).eval()
+    ids, mask = _batch(side=side)
+
+    ours, expected = _both(model, "sdpa", lambda: model(ids, attention_mask=mask).last_hidden_state[mask == 1])
+    torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-5)
+
+
+def test_position_bias_and_cross_attention(monkeypatch):
+    monkeypatch.setenv("LLMFAST_STRICT", "0")  # the bias requires a gradient, which no kernel computes
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=V, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(config).eval()
+    ids, mask = _batch(side="right")
+
+    def call():
+        model.zero_grad()
+        out = model(input_ids=ids, attention_mask=mask, labels=ids)
+        out.loss.backward()
+        return out.logits, [p.grad.clone() for p in model.parameters()]
+
+    ours, expected = _both(model, "sdpa", call)
+    torch.testing.assert_close(ours[0], expected[0], atol=2e-5, rtol=1e-5)
+    for a, b in zip(ours[1], expected[1]):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+
+
+def test_dropout_is_counted_and_same_as_sdpa(monkeypatch):
+    config = GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=32, attn_pdrop=0.3)
+    model = GPT2LMHeadModel(config).train()
+    ids, _ = _batch()
+    model.set_attn_implementation("llmfast")
+    with pytest.raises(RuntimeError, match="dropout"):
+        model(ids)
+    monkeypatch.setenv("LLMFAST_STRICT", "0")
+    before = backend.fallbacks().get("attention: dropout", 0)
+
+    def call():
+        torch.manual_seed(1)
+        return model(ids).logits
+
+    ours, expected = _both(model, "sdpa", call)
+    torch.testing.assert_close(ours, expected)
+    assert backend.fallbacks()["attention: dropout"] == before + 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_and_low_precision(dtype):
+    model = _model("llama")
+    ids, mask = _batch(side="left")
+
+    def call():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(ids, attention_mask=mask).logits[mask == 1]
+
+    ours, expected = _both(model, "sdpa", call)
+    torch.testing.assert_close(ours, expected, atol=0.05, rtol=0.05)
+    model = model.to(dtype)
+    ours, expected = _both(model, "sdpa", lambda: model(ids, attention_mask=mask).logits[mask == 1])
+    torch.testing.assert_close(ours, expected, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss"])
+def test_compile(name):
+    model = _model(name)
+    model.set_attn_implementation("llmfast")
+    ids, mask = _batch(side="left")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=name != "gpt_oss", backend="aot_eager")
+    for options in ({}, {"attention_mask": mask}):
+        ours = compiled(ids, labels=ids, use_cache=False, **options)
+        expected = model(ids, labels=ids, use_cache=False, **options)
+        keep = mask == 1
+        torch.testing.assert_close(ours.logits[keep], expected.logits[keep], atol=2e-5, rtol=1e-5)
+        grads = torch.autograd.grad(ours.loss, model.model.layers[0].self_attn.q_proj.weight)
+        wanted = torch.autograd.grad(expected.loss, model.model.layers[0].self_attn.q_proj.weight)
+        torch.testing.assert_close(grads, wanted, atol=2e-5, rtol=1e-4)
+
+
+def _build(q=8, k=8, q_offset=0, kv_offset=0, padding=None, window=None, **options):
+    function = masks.causal_mask_function
+    if window:
+        function = transformers.masking_utils.sliding_window_causal_mask_function(window)
+    return masks.build(
+        2, q, k, q_offset, kv_offset, function, attention_mask=padding, local_size=window, device="cpu", **options
+    )
+
+
+def test_masks_stay_small():
+    padding = torch.ones(2, 8, dtype=torch.bool)
+    assert _build() is None
+    assert _build(padding=padding) is None
+    assert _build(q=2, q_offset=6) is None
+    assert _build(window=9) is None
+    padding[0, :3] = False
+    for mask, window, keys, rows in (
+        (_build(padding=padding), None, 8, 2),
+        (_build(padding=padding, window=3), 3, 8, 2),
+        (_build(window=3), 3, 8, 0),
+        (_build(k=20, q=3, q_offset=4), None, 7, 0),  # a static cache: 20 slots, 7 filled
+        (_build(k=20, q=3, q_offset=torch.tensor(4)), None, 7, 0),
+        (_build(k=9, q=3, q_offset=17, kv_offset=11, window=7), 7, 9, 0),  # a sliding cache
+    ):
+        assert mask.untyped_storage().nbytes() == rows * keys
+        found = masks.read(mask, causal=False)
+        assert (found.causal, found.window, found.keys) == (True, window, keys)
+        assert (found.visible is None) == (rows == 0)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("sizes", [(8, 8, 0, 0), (3, 20, 4, 0), (3, 9, 17, 11), (1, 12, 11, 0)])
+def test_masks_mean_what_transformers_says(sizes, window):
+    q, k, q_offset, kv_offset = sizes
+    padding = torch.ones(2, q_offset + q, dtype=torch.bool)
+    padding[0, : kv_offset + 2] = False
+    function = masks.causal_mask_function
+    if window:
+        function = transformers.masking_utils.sliding_window_causal_mask_function(window)
+    options = dict(attention_mask=padding, local_size=window, device="cpu")
+    expected = masks.sdpa_mask(2, *sizes, function, **options, allow_is_causal_skip=False)
+    found = masks.read(masks.build(2, *sizes, function, **options), causal=True)
+    keys = found.keys or k
+    assert not expected[..., keys:].any()
+    torch.testing.assert_close(masks.dense(found, q, keys, "cpu").expand(2, 1, q, keys), expected[..., :keys])
+
+
+def test_import_stays_lazy():
+    code = "import llmfast, sys; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
