@@ -1,12 +1,20 @@
-"""Builds the native module `llmfast._cpu` with ninja. No torch at build time: the native core includes no torch header.
+"""Builds the native modules `llmfast._cpu` and `llmfast._cuda` with ninja. No torch at build time: the native core
+includes no torch header.
 
 A source file's suffix says for which targets it is compiled (see SUFFIX_TARGETS), a target says with which flags.
 Every object gets -DLLMFAST_TARGET=<target>, and all code in it lives in namespace llmfast::<target>, so that two
 objects never share a symbol that was compiled with different instruction sets.
 
 Environment: CXX chooses the compiler; LLMFAST_EMULATE_ISA=1 builds the AVX-512 and AMX rows on top of a C++ emulation of
-their instructions, so that a machine without them can run their tests (slow; never for production); LLMFAST_BUILD_DIR is
-where objects are kept between builds (default: build/).
+their instructions, so that a machine without them can run their tests (slow; never for production); LLMFAST_SANITIZE=1
+builds for AddressSanitizer and UBSan (see .ci/sanitize); LLMFAST_BUILD_DIR is where objects are kept between builds
+(default: build/).
+
+CUDA: LLMFAST_CUDA=on|off|auto (default auto: on where there are nvcc and an NVIDIA driver); NVCC chooses the compiler;
+LLMFAST_CUDA_ARCHS lists targets (default "80;90a"). A kernel file `_sm80.cu` gets machine code for each listed number and
+PTX of the smallest, which serves everything newer; `_sm90a.cu` is compiled for sm_90a alone, if 90a is listed.
+LLMFAST_EMULATE_CUDA=1 builds nothing but `_cuda`, with the C++ compiler, on emulated threads (csrc/ptx/emulated): its
+functions take CPU tensors, for tests.
 """
 
 import os
@@ -24,6 +32,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 EMULATE = os.environ.get("LLMFAST_EMULATE_ISA") == "1"
+EMULATE_CUDA = os.environ.get("LLMFAST_EMULATE_CUDA") == "1"
+SANITIZE = os.environ.get("LLMFAST_SANITIZE") == "1"
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 COMMON_FLAGS = [
@@ -49,11 +59,22 @@ TARGET_FLAGS = {"ref": [], "avx2": AVX2_FLAGS, "avx512": AVX512_FLAGS, "amx": AM
 if EMULATE:
     TARGET_FLAGS.update(avx512=[*EMULATED_FLAGS, "-DLLMFAST_WIDTH=512"], amx=[*EMULATED_FLAGS, "-DLLMFAST_WIDTH=512"])
 
+SANITIZER_FLAGS = ["-fsanitize=address,undefined"] if SANITIZE else []
+# Targets that are checked: without the emulation the others rarely run, and they take most of the compile time.
+SANITIZED = ("base", "ref", "avx2", *(["avx512", "amx"] if EMULATE else []))
+
 SUFFIX_TARGETS = {
     "_vec": ["ref", "avx2", "avx512"],  # written against simd/vec.h only
     "_mm": ["ref", "avx2", "avx512", "amx"],  # also uses the GEMM core, which has an AMX kernel
     "_amx": ["amx"],
 }
+
+# Of `_cuda` alone; all other .cpp files belong to `_cpu`, and both have core/check.cpp and *_checks.cpp.
+CUDA_ONLY = ("bindings_cuda/*.cpp", "core/cuda_*.cpp", "ptx/emulated/*.cpp", "**/*_cuda.cpp")
+CUDA_ARCHS = [arch for arch in os.environ.get("LLMFAST_CUDA_ARCHS", "80;90a").split(";") if arch]
+CUDA_DEFINES = ["-DLLMFAST_TARGET=cuda", *(["-DLLMFAST_SM90A"] if "90a" in CUDA_ARCHS and not EMULATE_CUDA else [])]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
+EMULATED_CUDA_FLAGS = ["-DLLMFAST_EMULATE_CUDA", "-O1", "-Wno-unused-parameter"]
 
 
 def compiler() -> list[str]:
@@ -68,9 +89,28 @@ def compiler() -> list[str]:
     return command
 
 
+def sanitizer_flags(target: str) -> list[str]:
+    if not SANITIZE:
+        return []
+    return ["-O1", "-g1", "-fno-omit-frame-pointer", *(SANITIZER_FLAGS if target in SANITIZED else [])]
+
+
 def write_if_changed(path: Path, text: str) -> None:
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
+
+
+def nvcc() -> str | None:
+    return shutil.which(os.environ.get("NVCC", "nvcc")) or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def cuda_is_wanted() -> bool:
+    choice = os.environ.get("LLMFAST_CUDA", "auto")
+    if choice not in ("auto", "on", "off"):
+        sys.exit(f"llmfast: LLMFAST_CUDA: got {choice!r}, expected auto, on or off")
+    if choice == "on" and nvcc() is None:
+        sys.exit("llmfast: LLMFAST_CUDA=on needs nvcc, and none was found: install the CUDA toolkit or set NVCC.")
+    return choice == "on" or (choice == "auto" and nvcc() is not None and Path("/proc/driver/nvidia/version").exists())
 
 
 def linked_pybind11(build_dir: Path) -> Path:
@@ -84,18 +124,21 @@ def linked_pybind11(build_dir: Path) -> Path:
     return link
 
 
-def objects(build_dir: Path):
-    """Yields (source, object, flags) for every object file of the module.
-
-    The bindings are one translation unit: nearly all of their compile time is pybind11's headers, nine times over.
-    """
-    bindings = build_dir / "bindings.cpp"
-    includes = sorted(path.relative_to(CSRC) for path in (CSRC / "bindings").glob("*.cpp"))
-    write_if_changed(bindings, "".join(f'#include "{path.as_posix()}"\n' for path in includes))
+def bindings(build_dir: Path, sources: list[Path]):
+    """Bindings are one translation unit: nearly all of their compile time is pybind11's headers, nine times over."""
+    all_of_them = build_dir / "bindings.cpp"
+    includes = sorted(path.relative_to(CSRC) for path in sources)
+    write_if_changed(all_of_them, "".join(f'#include "{path.as_posix()}"\n' for path in includes))
     python = [f"-isystem{linked_pybind11(build_dir)}", f"-isystem{sysconfig.get_paths()['include']}"]
-    yield bindings, build_dir / "bindings.base.o", ["-O1", *python]
+    return all_of_them, build_dir / "bindings.base.o", ["-O1", *python, *sanitizer_flags("base")]
+
+
+def cpu_objects(build_dir: Path):
+    """Yields (source, object, flags) for every object file of `_cpu`."""
+    yield bindings(build_dir, list((CSRC / "bindings").glob("*.cpp")))
+    cuda_only = {source for pattern in CUDA_ONLY for source in CSRC.glob(pattern)}
     for source in sorted(CSRC.rglob("*.cpp")):
-        if source.parent == CSRC / "bindings":
+        if source.parent == CSRC / "bindings" or source in cuda_only:
             continue
         suffix = next((s for s in SUFFIX_TARGETS if source.stem.endswith(s)), None)
         targets = SUFFIX_TARGETS[suffix] if suffix else ["base"]
@@ -104,25 +147,76 @@ def objects(build_dir: Path):
                 continue
             defines = [f"-DLLMFAST_TARGET={target}", f"-DLLMFAST_TARGET_{target.upper()}"]
             flags = [] if target == "base" else [*TARGET_FLAGS[target], *defines]
+            flags += sanitizer_flags(target)
             name = str(source.relative_to(CSRC).with_suffix("")).replace(os.sep, "-")
             yield source, build_dir / f"{name}.{target}.o", flags
 
 
-def write_ninja(build_dir: Path, output: Path) -> None:
+def arch_flags(source: Path) -> list[str]:
+    if source.stem.endswith("_sm90a"):
+        return ["-gencode=arch=compute_90a,code=sm_90a"]
+    numbers = sorted({int(arch.rstrip("a")) for arch in CUDA_ARCHS})
+    codes = [f"sm_{n}" for n in numbers]
+    return [
+        f"-gencode=arch=compute_{numbers[0]},code=[compute_{numbers[0]},{codes[0]}]",
+        *(f"-gencode=arch=compute_{n},code={code}" for n, code in zip(numbers[1:], codes[1:])),
+    ]
+
+
+def cuda_objects(build_dir: Path):
+    """Yields (source, object, flags) for every object file of `_cuda`; .cu files go to nvcc unless emulated."""
+    emulated = EMULATED_CUDA_FLAGS if EMULATE_CUDA else []
+    tensors = [] if EMULATE_CUDA else ["-DLLMFAST_TENSOR_DEVICE=dlpack::kCuda"]
+    sources = [*(CSRC / "bindings_cuda").glob("*.cpp"), CSRC / "bindings" / "tensor.cpp"]
+    source, target, flags = bindings(build_dir, sources)
+    yield source, target, [*CUDA_DEFINES, *emulated, *tensors, *flags]
+    plain = [
+        CSRC / "core" / "check.cpp",
+        *(p for q in ("core/cuda_*", "**/*_checks", "**/*_cuda") for p in CSRC.glob(f"{q}.cpp")),
+    ]
+    kernels = list(CSRC.rglob("*_sm80.cu"))
+    if EMULATE_CUDA:
+        plain += [*CSRC.glob("ptx/emulated/*.cpp"), *kernels]
+        kernels = []
+    else:
+        kernels += [CSRC / "core" / "cuda_device.cu", *(CSRC.rglob("*_sm90a.cu") if "90a" in CUDA_ARCHS else [])]
+    for source in sorted([*plain, *kernels]):
+        name = str(source.relative_to(CSRC).with_suffix("")).replace(os.sep, "-")
+        flags = [*NVCC_FLAGS, *arch_flags(source)] if source in kernels else emulated
+        yield source, build_dir / f"{name}.o", [*CUDA_DEFINES, *flags]
+
+
+def cuda_libraries() -> str:
+    toolkit = Path(os.path.realpath(nvcc())).parents[1]
+    folders = [f"-L{toolkit / name}" for name in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib")]
+    return shlex.join([*folders, "-lcudart_static", "-ldl", "-lrt", "-lpthread"])
+
+
+def write_ninja(build_dir: Path, output: Path, cuda: bool) -> None:
     build_dir.mkdir(parents=True, exist_ok=True)
     defines = (["-DLLMFAST_X86"] if IS_X86 else []) + (["-DLLMFAST_EMULATED"] if EMULATE else [])
     escape = lambda path: str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")  # noqa: E731
     cxx = shlex.join(compiler())
+    with_nvcc = cuda and not EMULATE_CUDA
     lines = [
         "ninja_required_version = 1.5",
         f"cxx = {cxx}",
         f"cflags = {shlex.join([*COMMON_FLAGS, *defines, f'-I{CSRC}'])}",
         "rule compile\n  command = $cxx $cflags $flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-        "rule link\n  command = $cxx -shared -fopenmp $in -o $out",
+        f"rule link\n  command = $cxx -shared -fopenmp {shlex.join(SANITIZER_FLAGS)} $in -o $out $libraries",
     ]
+    if with_nvcc:
+        lines += [
+            f"libraries = {cuda_libraries()}",
+            f"rule nvcc\n  command = {shlex.join([nvcc(), f'-I{CSRC}'])} $flags -MD -MF $out.d -c $in -o $out\n"
+            "  depfile = $out.d\n  deps = gcc",
+        ]
     outputs = []
-    for source, target, flags in objects(build_dir):
-        lines.append(f"build {escape(target)}: compile {escape(source)}\n  flags = {shlex.join(flags)}")
+    for source, target, flags in (cuda_objects if cuda else cpu_objects)(build_dir):
+        rule = "compile"
+        if source.suffix == ".cu":
+            rule, flags = ("nvcc", flags) if with_nvcc else ("compile", [*flags, "-x", "c++"])
+        lines.append(f"build {escape(target)}: {rule} {escape(source)}\n  flags = {shlex.join(flags)}")
         outputs.append(escape(target))
     lines.append(f"build {escape(output)}: link {' '.join(outputs)}")
     write_if_changed(build_dir / "build.ninja", "\n".join(lines) + "\n")
@@ -134,13 +228,17 @@ class NinjaBuild(build_ext):
 
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
-        tag = f"{sysconfig.get_config_var('SOABI')}{'-emulated' if EMULATE else ''}"
-        build_dir = Path(os.environ.get("LLMFAST_BUILD_DIR") or ROOT / "build").resolve() / f"native-{tag}"
-        write_ninja(build_dir, build_dir / output.name)
+        cuda = ext.name == "llmfast._cuda"
+        emulated = EMULATE_CUDA if cuda else EMULATE
+        tag = f"{sysconfig.get_config_var('SOABI')}{'-emulated' if emulated else ''}{'-sanitized' if SANITIZE else ''}"
+        folder = f"{'cuda' if cuda else 'native'}-{tag}"
+        build_dir = Path(os.environ.get("LLMFAST_BUILD_DIR") or ROOT / "build").resolve() / folder
+        write_ninja(build_dir, build_dir / output.name, cuda)
         result = subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build_dir)])
         if result.returncode:
             sys.exit("llmfast: compiling the native module failed; the compiler's first error is above.")
         shutil.copyfile(build_dir / output.name, output)
 
 
-setup(ext_modules=[Extension("llmfast._cpu", sources=[])], cmdclass={"build_ext": NinjaBuild})
+modules = ["llmfast._cuda"] if EMULATE_CUDA else ["llmfast._cpu", *(["llmfast._cuda"] if cuda_is_wanted() else [])]
+setup(ext_modules=[Extension(name, sources=[]) for name in modules], cmdclass={"build_ext": NinjaBuild})

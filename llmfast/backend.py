@@ -8,6 +8,8 @@ Environment:
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
 import os
 import platform
 import sys
@@ -17,11 +19,27 @@ from types import ModuleType
 
 import torch
 
-__all__ = ["count_fallback", "fallbacks", "force", "implementations", "info", "keep_freed_memory", "native", "ops"]
+__all__ = [
+    "count_fallback",
+    "fallbacks",
+    "force",
+    "implementations",
+    "info",
+    "keep_freed_memory",
+    "native",
+    "native_cuda",
+    "ops",
+    "stream_of",
+    "why_not_native",
+]
 
 ISAS = ("ref", "avx2", "avx512", "amx")
 
+# Looked for once, as a file: torch.compile may ask before anything has run.
+_CUDA_WAS_BUILT = importlib.util.find_spec("llmfast._cuda") is not None
+
 _native: ModuleType | None = None
+_native_cuda: ModuleType | None = None
 _fallbacks: Counter[tuple[str, str]] = Counter()
 
 
@@ -46,6 +64,42 @@ def native() -> ModuleType:
             ) from error
         _native = _cpu
     return _native
+
+
+def native_cuda() -> ModuleType | None:
+    """The compiled module ``llmfast._cuda``, or None where this installation was built without it.
+
+    Raises:
+        ImportError: it is there and cannot be loaded.
+    """
+    global _native_cuda
+    if _native_cuda is None and _CUDA_WAS_BUILT:
+        from llmfast import _cuda
+
+        _native_cuda = _cuda
+    return _native_cuda
+
+
+def why_not_native(device: torch.device) -> str | None:
+    """Why tensors on `device`, which is not the CPU, run in plain torch; None where ops with a CUDA kernel run it."""
+    if device.type != "cuda":
+        return f"no kernel for device {device.type}"
+    if not _CUDA_WAS_BUILT:
+        return "no kernel for device cuda: llmfast was built without CUDA (set LLMFAST_CUDA=on when installing it)"
+    return None if torch.compiler.is_compiling() else _why_not_on_gpu(device.index)
+
+
+@functools.cache
+def _why_not_on_gpu(index: int) -> str | None:
+    devices = native_cuda().devices()
+    if index < len(devices) and devices[index]["supported"]:
+        return None
+    return f"no kernel for device cuda:{index}: llmfast needs compute capability 8.0 or later"
+
+
+def stream_of(tensor: torch.Tensor) -> int:
+    """The handle of the caller's current stream on the device of `tensor`, as the native functions take it."""
+    return torch._C._cuda_getCurrentRawStream(tensor.device.index) if tensor.is_cuda else 0
 
 
 def keep_freed_memory() -> bool:
@@ -76,14 +130,15 @@ def ops() -> list[str]:
 
 
 def implementations(op: str) -> list[dict]:
-    """The dispatch table of `op`, best row first.
+    """The dispatch table of `op`: the CPU's rows, best first, then the GPU's (``sm90a``, ``sm80``) if they were built.
 
     Each row has ``isa``, ``dtypes`` (names), ``available``, ``why_not`` (empty if available) and ``calls`` so far.
 
     Raises:
         ValueError: there is no native op of that name; see `ops`.
     """
-    return native().implementations(op)
+    rows = native().implementations(op)
+    return rows + native_cuda().implementations(op) if _CUDA_WAS_BUILT else rows
 
 
 @contextlib.contextmanager
@@ -108,6 +163,13 @@ def force(isa: str) -> Iterator[None]:
         module.set_isa_cap(before)
 
 
+def _best_rows(rows: list[dict]) -> dict[str, str | None]:
+    return {
+        dtype: next((row["isa"] for row in rows if row["available"] and dtype in row["dtypes"]), None)
+        for dtype in ("float32", "bfloat16", "float16")
+    }
+
+
 def info() -> dict:
     """What this process runs on: versions, processor, instruction sets, threads, GPU, chosen rows and fallbacks."""
     import llmfast
@@ -115,12 +177,8 @@ def info() -> dict:
     module = native()
     chosen = {}
     for op in module.ops():
-        chosen[op] = {
-            dtype: next(
-                (row["isa"] for row in implementations(op) if row["available"] and dtype in row["dtypes"]), None
-            )
-            for dtype in ("float32", "bfloat16", "float16")
-        }
+        chosen[op] = _best_rows(module.implementations(op))
+    cuda = native_cuda()
     return {
         "llmfast": llmfast.__version__,
         "torch": torch.__version__,
@@ -135,6 +193,8 @@ def info() -> dict:
         "native_threads": module.max_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "implementations": chosen,
+        "cuda_devices": [] if cuda is None else cuda.devices(),
+        "cuda_implementations": {} if cuda is None else {op: _best_rows(cuda.implementations(op)) for op in cuda.ops()},
         "fallbacks": fallbacks(),
         "workspace_bytes": module.workspace_bytes(),
     }

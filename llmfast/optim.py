@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from itertools import chain
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ class AdamW(torch.optim.Optimizer):
         for p in group["params"]:
             if p.dtype not in (*_NATIVE, torch.float64):
                 raise TypeError(f"params: got dtype {p.dtype}, expected float32, bfloat16, float16 or float64")
-            if _is_native(p) and not backend.native().is_dense(p):
+            if (module := _module_for(p)) and not module.is_dense(p):
                 raise ValueError(f"params: got shape {tuple(p.shape)} with strides {p.stride()}, expected dense memory")
 
     @torch.no_grad()
@@ -80,23 +81,23 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        rows, group_of = [], []
+        rows: dict[torch.device, list[tuple]] = {}
         for index, group in enumerate(self.param_groups):
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 grad, state = _checked_grad(p), self._state_of(p)
-                if _is_native(p):
+                if _module_for(p):
                     master = state.get("master")
-                    rows.append((p, grad, state["exp_avg"], state["exp_avg_sq"], master, state["step"]))
-                    group_of.append(index)
+                    row = (p, grad, state["exp_avg"], state["exp_avg_sq"], master, state["step"], index)
+                    rows.setdefault(p.device, []).append(row)
                 else:
                     backend.count_fallback("adamw", f"no kernel for {p.dtype} on {p.device.type}")
                     _step_in_torch(p, grad, state, group, grad_scale)
-        if rows:
-            hyper = [(float(g["lr"]), *g["betas"], g["eps"], g["weight_decay"]) for g in self.param_groups]
-            columns = [list(column) for column in zip(*rows)]
-            backend.native().adamw_step(*columns, group_of, hyper, float(grad_scale))
+        hyper = [(float(g["lr"]), *g["betas"], g["eps"], g["weight_decay"]) for g in self.param_groups]
+        for device, of_device in rows.items():
+            columns = [list(column) for column in zip(*of_device)]
+            (_step_on_cpu if device.type == "cpu" else _step_on_gpu)(*columns, hyper, float(grad_scale))
             torch.autograd.graph.increment_version(columns[0])
         return loss
 
@@ -196,26 +197,59 @@ def clip_grad_norm(
         raise ValueError(f"max_norm: got {max_norm}, expected >= 0")
     tensors = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
     grads = [t.grad if t.requires_grad else t.detach() for t in tensors]
-    native, squares = [], 0.0
+    native: dict[torch.device, list[torch.Tensor]] = {}
+    squares = 0.0
     for grad in grads:
         if grad is None:
             continue
         if grad.layout != torch.strided:
             raise ValueError(f"parameters: got a gradient of layout {grad.layout}, expected a dense one")
-        if _is_native(grad):
-            native.append(grad if backend.native().is_dense(grad) else grad.contiguous())
+        if module := _module_for(grad):
+            native.setdefault(grad.device, []).append(grad if module.is_dense(grad) else grad.contiguous())
         else:
             backend.count_fallback("grad_norm", f"no kernel for {grad.dtype} on {grad.device.type}")
             squares += torch.linalg.vector_norm(grad, dtype=torch.float64).item() ** 2
-    norm = abs(grad_scale) * math.sqrt(backend.native().grad_norm(native) ** 2 + squares)
+    for device, of_device in native.items():
+        squares += (_squares_on_cpu if device.type == "cpu" else _squares_on_gpu)(of_device)
+    norm = abs(grad_scale) * math.sqrt(squares)
     if error_if_nonfinite and not math.isfinite(norm):
         raise RuntimeError(f"parameters: the norm of the gradients is {norm}")
     ratio = max_norm / (norm + 1e-6)
     return norm, grad_scale * (1.0 if ratio >= 1 or math.isinf(max_norm) else ratio)
 
 
-def _is_native(t: torch.Tensor) -> bool:
-    return t.device.type == "cpu" and t.dtype in _NATIVE and t.dim() <= 6
+def _module_for(t: torch.Tensor) -> ModuleType | None:
+    """The native module that takes `t`, if one does."""
+    if t.dtype not in _NATIVE or t.dim() > 6:
+        return None
+    if t.is_cpu:
+        return backend.native()
+    return None if backend.why_not_native(t.device) else backend.native_cuda()
+
+
+def _step_on_cpu(params, grads, exp_avgs, exp_avg_sqs, masters, steps, group_of, hyper, grad_scale: float) -> None:
+    backend.native().adamw_step(params, grads, exp_avgs, exp_avg_sqs, masters, steps, group_of, hyper, grad_scale)
+
+
+def _step_on_gpu(params, grads, exp_avgs, exp_avg_sqs, masters, steps, group_of, hyper, grad_scale: float) -> None:
+    torch._foreach_add_(steps, 1)
+    numbers = [step.item() for step in steps]  # on the CPU, like every step
+    stream = backend.stream_of(params[0])
+    backend.native_cuda().adamw_step(
+        params, grads, exp_avgs, exp_avg_sqs, masters, numbers, group_of, hyper, grad_scale, stream
+    )
+
+
+def _squares_on_cpu(grads: list[torch.Tensor]) -> float:
+    return backend.native().grad_norm(grads) ** 2
+
+
+def _squares_on_gpu(grads: list[torch.Tensor]) -> float:
+    """Waits for the device: the one number of a step that the host needs."""
+    native = backend.native_cuda()
+    sums = grads[0].new_empty(native.norm_pieces(grads), dtype=torch.float32)
+    native.squared_norms(grads, sums, backend.stream_of(sums))
+    return sums.double().sum().item()
 
 
 def _state_dtype(p: torch.Tensor) -> torch.dtype:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmfast.bench import cases, harness, report, rows, steps, tables
+from llmfast.bench import cases, harness, plots, report, rows, scale, steps, tables
 from llmfast.bench.harness import Budget, Case, Contest, Provider
 from llmfast.bench.limits import Limits
 from llmfast.bench.peers import Function
@@ -355,3 +355,108 @@ def test_provider_over_its_time_is_stopped(monkeypatch):
     assert row["providers"]["llmfast"]["status"] == "timeout"
     assert row["providers"]["llmfast"]["note"] == "no answer within 0.01 s"
     assert row["best"]["ratio"] is None
+
+
+def test_shares_that_mean_nothing_are_blank():
+    def cell(bytes: int, share: float, limit: str = "memory") -> str:
+        row = example_row(bytes=bytes, limit=limit)
+        return tables.share(row, {"share": share})
+
+    assert LIMITS.copy[2**20] > 2 * LIMITS.copy[2**24], "the small copy stays in the caches"
+    assert cell(2**20, 0.5) == "– (in cache)"
+    assert cell(2**25, 0.5) == "50% memory"
+    assert cell(2**25, 1.3) == "– (above 100% memory)"
+    assert cell(2**20, 0.5, "compute") == "50% compute"
+    assert tables.share(example_row(limits=None), {"share": 0.5}) == "–"
+
+
+def test_each_run_has_its_own_limits():
+    quiet = example_row(date="2026-01-01", command="llmfast bench op")
+    busy = example_row(date="2026-01-02", command="llmfast bench model", dtype="bfloat16", kind="model")
+    busy["limits"] = {**busy["limits"], "gflops": {"float32": 77.0}}
+    text = report.results_section([quiet, busy])
+    first, second = text.index("77 GFLOP/s"), text.index("1 GFLOP/s")
+    assert first < text.index("| linear | bf16") < second < text.index("| linear | fp32")
+    assert text.index("`llmfast bench model`") < second < text.index("`llmfast bench op`")
+
+
+def scale_row(T: int, seconds: float) -> dict:
+    providers = {
+        name: {"ours": name == "llmfast", "status": "ok", "median_ms": 1e3 * time, "iqr_ms": 1.0, "samples": 3,
+               "tokens_per_s": 1024 / time, "memory_mb": T, "share": 0.5}
+        for name, time in (("llmfast", seconds), ("transformers float32", 2 * seconds))
+    }  # fmt: skip
+    dims = {"sweep": "T", "model": "2x64", "parameters": 1_000_000, "B": 1, "T": T}
+    found = example_row(kind="scale", case="training step", direction="step", dims=dims, providers=providers, x=T)
+    return {**found, "best": harness.compare(providers)}
+
+
+def test_trends_are_power_laws():
+    exact = scale.fit([1, 2, 4, 8], [3, 12, 48, 192])
+    assert (exact.factor, exact.exponent, exact.residual) == pytest.approx((3, 2, 1))
+    off = scale.fit([1, 2, 4], [1.0, 2.0 * 1.1, 4.0])
+    assert off.exponent == pytest.approx(1) and 1.03 < off.residual < 1.1
+    assert scale.fit([1, 2], [1, 2]) is None and scale.fit([2, 2, 2], [1, 2, 3]) is None
+    found = scale.trends([scale_row(T, 0.001 * T) for T in (128, 256, 512)])
+    assert found["T", "llmfast", "tokens_per_s"].exponent == pytest.approx(-1)
+    assert found["T", "transformers float32", "memory_mb"].exponent == pytest.approx(1)
+
+
+def test_scale_in_tables_and_pictures(tmp_path):
+    pytest.importorskip("matplotlib")
+    found = [scale_row(T, 0.001 * T) for T in (128, 256, 512)]
+    line = dict(zip(tables.SCALE_COLUMNS, tables.scale_cells(found[1]), strict=True))
+    assert line["sweep"] == "sequence length" and line["llmfast tokens/s"] == "4,000" and line["ratio"] == "2.00×"
+    assert line["memory, MB"] == "256 vs 256" and line["MFU"] == "50% compute"
+    text = report.results_section(found)
+    assert "| sequence length | 1M parameters 2x64 B=1 T=256 | 4,000 |" in text
+    assert "- sequence length: llmfast tokens/s ∝ x^-1.00 (±0%, 3 points), memory ∝ x^1.00" in text
+    written = plots.write([*found, example_row()], tmp_path)
+    assert [path.name for path in written] == ["scale-T.png", "ratios.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+
+
+def test_sweeps_cover_every_scale(monkeypatch):
+    full = scale.points("full", "float32", threads=6)
+    xs = {sweep: [p.x for p in full if p.sweep == sweep] for sweep in scale.SWEEPS}
+    assert xs["parameters"][0] < 2.5e6 and xs["parameters"][-1] > 5e9 and xs["parameters"] == sorted(xs["parameters"])
+    assert xs["T"] == [2**n for n in range(7, 16)] and xs["threads"] == [1, 2, 4, 6]
+    assert {p.sweep for p in scale.points("quick", "float32", 2, only=["B"])} == {"B"}
+    with pytest.raises(ValueError, match="only: got depth"):
+        scale.points("quick", "float32", 2, only=["depth"])
+    monkeypatch.setattr(scale, "available", lambda: 2**20)
+    row = scale.measure_point(full[0], None, BRIEFLY, 1.0, print)
+    assert row["providers"]["llmfast"]["status"] == "skipped" and "are free" in row["providers"]["llmfast"]["note"]
+    assert tables.problems([row]) == [] and "skipped" in tables.scale_cells(row)
+
+
+@pytest.mark.parametrize("task", ["prefill", "decode"])
+@pytest.mark.parametrize("preset", ["gpt-nano", "llama-nano"])
+def test_inference_against_transformers(preset, task):
+    """The loss of a token after a prompt, from caches, is that of transformers, at every step."""
+    pytest.importorskip("transformers")
+    case = steps.StepCase(preset, "float32", B=2, T=20, task=task)
+    row = steps.measure_step(case, None, Budget(timed=False), threads=1, timeout=300)
+    ours, theirs = row["providers"]["llmfast"], row["providers"]["transformers float32"]
+    assert ours["status"] == theirs["status"] == "ok", row["providers"]
+    assert ours["error"] < 1e-4 and ours["losses"][0] == ours["losses"][1]
+    assert row["case"] == task and case.tokens == (2 if task == "decode" else 40)
+
+
+def test_work_of_inference():
+    prefill, decode = (steps.StepCase("gpt2", "bfloat16", B=8, T=1023, task=task) for task in ("prefill", "decode"))
+    blocks = 12 * 12 * 768**2 / 12 * 12  # 12 C^2 weights in each of 12 layers
+    assert decode.flops / 8 == pytest.approx(2 * (blocks + 50257 * 768), rel=0.2)
+    assert prefill.flops / prefill.tokens == pytest.approx(2 * blocks, rel=0.2)
+    assert decode.bytes == 2 * (decode.shape.parameters() + 8 * 2 * 12 * 768 * 1023) and prefill.bytes is None
+    limits = Limits({"bfloat16": 1e15}, {2**20: 1e9}, read=1e9)
+    found = {"llmfast": {"ours": True, "status": "ok", "median_ms": 2e-6 * decode.bytes}}
+    row = steps._row(decode, found, limits)
+    assert row["limit"] == "read" and found["llmfast"]["share"] == pytest.approx(0.5, rel=1e-3)
+
+
+def test_peers_with_a_tuned_allocator():
+    found = steps.StepCase("gpt-nano", "float32", 1, 8, malloc=True).providers(1)
+    if isinstance(found["transformers float32"], str):
+        pytest.skip("transformers is not installed")
+    assert found["transformers float32, tuned malloc"].malloc and not found["transformers float32"].malloc

@@ -49,6 +49,7 @@ struct AttentionParams {
   HeadTensor q, k, v, out;                  // one floating dtype
   HeadTensor lse;                           // float32; an element a token
   MaskTensor mask;                          // dense only
+  float* workspace;                         // on GPUs
 };
 
 struct AttentionBackwardParams : AttentionParams {
@@ -62,6 +63,7 @@ struct AttentionArguments {
   TensorView q, k, v, out, lse, mask, cu_seqlens_q, cu_seqlens_k;
   int64_t left = kUnbounded, right = kUnbounded;
   float scale = 1.0f, softcap = 0.0f;
+  TensorView workspace = {};  // float32, on GPUs
 };
 
 struct AttentionGradients {

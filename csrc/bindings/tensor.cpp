@@ -7,8 +7,20 @@
 
 namespace py = pybind11;
 
+// DLPack's number for the device whose tensors this module takes.
+#ifndef LLMFAST_TENSOR_DEVICE
+#define LLMFAST_TENSOR_DEVICE dlpack::kCpu
+#endif
+
 namespace llmfast {
 namespace {
+
+constexpr int kDevice = LLMFAST_TENSOR_DEVICE;
+constexpr const char* kDeviceName = kDevice == dlpack::kCpu ? "cpu" : "cuda";
+
+void check_device(bool holds) {
+  if (!holds) throw py::value_error(kDevice == dlpack::kCpu ? "expected a CPU tensor" : "expected a CUDA tensor");
+}
 
 const dlpack::ExchangeApi* exchange_api() {
   static const dlpack::ExchangeApi* api = [] {
@@ -49,7 +61,7 @@ void check_rank(int ndim) {
 // For a torch without the exchange API: the same facts through Python attributes, ten times slower.
 void read_by_attributes(PyObject* object, TensorView* view) {
   py::handle tensor(object);
-  if (tensor.attr("device").attr("type").cast<std::string>() != "cpu") throw py::value_error("expected a CPU tensor");
+  check_device(tensor.attr("device").attr("type").cast<std::string>() == kDeviceName);
   const std::string name = py::str(tensor.attr("dtype"));
   bool known = false;
   for (DType dtype : {DType::f32, DType::bf16, DType::f16, DType::i32, DType::i64, DType::boolean})
@@ -66,6 +78,7 @@ void read_by_attributes(PyObject* object, TensorView* view) {
     view->stride[i] = stride[i].cast<int64_t>();
   }
   view->data = reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>());
+  if (kDevice != dlpack::kCpu) view->device = tensor.attr("device").attr("index").cast<int16_t>();
 }
 
 }  // namespace
@@ -80,11 +93,12 @@ bool read_tensor(PyObject* object, TensorView* view) {
   }
   dlpack::Tensor tensor;
   if (api->dltensor_from_py_object_no_sync(object, &tensor) != 0) throw py::error_already_set();
-  if (tensor.device.type != 1) throw py::value_error("expected a CPU tensor");
+  check_device(tensor.device.type == kDevice);
   check_rank(tensor.ndim);
   view->data = static_cast<char*>(tensor.data) + tensor.byte_offset;
   view->dtype = dtype_of(tensor.dtype);
   view->ndim = tensor.ndim;
+  view->device = static_cast<int16_t>(tensor.device.id);
   for (int i = 0; i < tensor.ndim; ++i) {
     view->shape[i] = tensor.shape[i];
     view->stride[i] = tensor.strides[i];

@@ -9,8 +9,9 @@ namespace llmfast::dlpack {
 struct Version {
   uint32_t major, minor;
 };
+enum DeviceType : int32_t { kCpu = 1, kCuda = 2 };
 struct Device {
-  int32_t type, id;  // type 1: CPU, 2: CUDA
+  int32_t type, id;
 };
 struct DataType {
   uint8_t code, bits;

@@ -3,6 +3,13 @@
 #pragma once
 #include <cstdint>
 
+// For functions that CUDA kernels call too.
+#ifdef __CUDACC__
+#define LLMFAST_HOST_DEVICE __host__ __device__
+#else
+#define LLMFAST_HOST_DEVICE
+#endif
+
 namespace llmfast {
 
 struct bf16 {
@@ -14,7 +21,7 @@ struct fp16 {
 
 enum class DType : uint8_t { f32, bf16, f16, i32, i64, boolean };
 
-constexpr int64_t size_of(DType dtype) {
+LLMFAST_HOST_DEVICE constexpr int64_t size_of(DType dtype) {
   switch (dtype) {
     case DType::f32:
     case DType::i32: return 4;
@@ -48,6 +55,7 @@ struct TensorView {
   DType dtype = DType::f32;
   int ndim = 0;
   bool defined = false;
+  int16_t device = 0;  // which CUDA device
   int64_t shape[kMaxDims] = {};
   int64_t stride[kMaxDims] = {};
 

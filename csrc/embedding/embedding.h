@@ -16,6 +16,7 @@ struct EmbeddingParams {
 
 struct EmbeddingBackwardParams {
   TensorView grad, ids, grad_weight;  // ids undefined: the index along T, that is for position_weight's gradient
+  TensorView sorted_ids = {}, order = {};  // on GPUs, where ids are: their values ascending, and int64 n of each
 };
 
 void embedding_forward(const EmbeddingParams& params);

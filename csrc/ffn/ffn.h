@@ -19,12 +19,14 @@ struct FfnParams {
   TensorView x, up_weight, up_bias, gate_weight, down_weight, down_bias;
   TensorView out, up, gate;  // up and gate: saved if defined
   Activation activation;
+  TensorView workspace = {};  // float32, on GPUs
 };
 
 struct FfnBackwardParams {
   TensorView grad, x, up_weight, gate_weight, down_weight, up, gate;
   TensorView grad_x, grad_up_weight, grad_up_bias, grad_gate_weight, grad_down_weight, grad_down_bias;
   Activation activation;
+  TensorView workspace = {};  // float32, on GPUs
 };
 
 void ffn_forward(const FfnParams& params);

@@ -10,11 +10,13 @@ namespace llmfast {
 
 struct LinearParams {
   TensorView x, weight, bias, out;
+  TensorView workspace = {};  // float32, on GPUs
 };
 
 struct LinearBackwardParams {
   TensorView grad, x, weight;
   TensorView grad_x, grad_weight, grad_bias;
+  TensorView workspace = {};  // float32, on GPUs
 };
 
 void linear_forward(const LinearParams& params);

@@ -15,12 +15,14 @@ struct LinearCrossEntropyParams {
   TensorView x, weight, target;
   TensorView losses, lse;
   int64_t ignore_index;
+  TensorView workspace = {};  // float32, on GPUs
 };
 
 struct LinearCrossEntropyBackwardParams {
   TensorView grad, x, weight, target, lse;
   TensorView grad_x, grad_weight;
   int64_t ignore_index;
+  TensorView workspace = {};  // float32, on GPUs
 };
 
 void linear_cross_entropy_forward(const LinearCrossEntropyParams& params);

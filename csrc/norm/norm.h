@@ -30,6 +30,7 @@ struct NormBackwardParams {
   TensorView grad_weight, grad_bias;
   float eps;
   bool centred;
+  TensorView workspace = {};  // on GPUs: see norm_cuda.h
 };
 
 void norm_forward(const NormParams& params);

@@ -8,9 +8,11 @@ It ships inside the package, so that everyone who installs llmfast can measure i
     memory    how much memory a call or a process needs
     cases     the ops and their sizes
     peers     how PyTorch computes them
-    steps     training steps of whole models, each provider in a process of its own
+    steps     training steps, prefill and decoding of whole models, each provider in a process of its own
     worker    what such a process does
     rows      one JSON line a case
+    scale     training steps as models, sequences, batches and threads grow; the fitted trends
     tables    rows for people, in the terminal and in Markdown
+    plots     rows as pictures
     report    rows to README.md
 """

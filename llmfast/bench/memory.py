@@ -9,9 +9,10 @@ from types import TracebackType
 
 from llmfast import backend
 
-__all__ = ["Peak", "peak_rss"]
+__all__ = ["Peak", "available", "peak_rss"]
 
 STATUS = Path("/proc/self/status")
+MEMORY = Path("/proc/meminfo")
 CLEAR = Path("/proc/self/clear_refs")
 
 
@@ -19,6 +20,15 @@ def peak_rss(field: str = "VmHWM") -> int | None:
     """Bytes of the largest resident set of this process (``VmRSS``: of the current one), or None where unknown."""
     try:
         line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
+    except (OSError, StopIteration):
+        return None
+    return 1024 * int(line.split()[1])
+
+
+def available() -> int | None:
+    """Bytes that new processes may take without anything being swapped out, or None where unknown."""
+    try:
+        line = next(line for line in MEMORY.read_text().splitlines() if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return None
     return 1024 * int(line.split()[1])

@@ -3,11 +3,13 @@ dispatch tables.
 
     python benchmarks/report.py            # rewrites README.md
     python benchmarks/report.py --check    # exits 1 if that would change it
+    python benchmarks/report.py --plots    # also draws the pictures beside the result files, a folder a file
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +20,7 @@ from llmfast.bench import rows, tables
 __all__ = ["main", "replace_between", "results_section", "support_section"]
 
 DTYPES = ("float32", "bfloat16", "float16")
+RUN = ("machine", "isa", "versions", "date", "commit", "command", "limits")  # what all rows of a run share
 
 
 def replace_between(text: str, marker: str, body: str) -> str:
@@ -35,26 +38,37 @@ def replace_between(text: str, marker: str, body: str) -> str:
 
 
 def results_section(results: Sequence[dict]) -> str:
-    """The benchmark tables, one a machine; models before ops, else in the order of the run."""
+    """The benchmark tables: one for each run, under the limits and the software of that run; newest runs first, and in
+    them models before ops, then sweeps. A case that a later run of the same machine measured again is left out."""
     if not results:
         return "No results yet: `llmfast bench all --json benchmarks/results/NAME.jsonl` measures this machine."
-    machines: dict[str, list[dict]] = {}
+    runs: dict[str, list[dict]] = {}
     for row in rows.latest(results):
-        machines.setdefault(f"{row['machine']['cpu']} {row['threads']} {row['isa']}", []).append(row)
+        runs.setdefault(json.dumps([row[key] for key in RUN], sort_keys=True), []).append(row)
     parts = []
-    for found in machines.values():
-        found.sort(key=lambda row: row["kind"] != "model")
-        newest = max(found, key=lambda row: row["date"])
-        commits = sorted({(row["commit"] or "unknown")[:10] for row in found})
-        parts.append(f"{tables.headline(newest)}. {newest['date'][:10]}, commit {', '.join(commits)}.")
-        parts.append(tables.markdown(found))
+    for found in sorted(runs.values(), key=_order, reverse=True):
+        first = found[0]
+        parts.append(f"{tables.headline(first)}. {first['date'][:10]}, commit {(first['commit'] or 'unknown')[:10]}:")
+        parts.append(f"`{first['command']}`")
+        for kinds in (("model", "op"), ("scale",)):
+            part = sorted((r for r in found if r["kind"] in kinds), key=lambda r: kinds.index(r["kind"]))
+            if part:
+                parts.append(tables.markdown(part))
+        lines = tables.trend_lines([row for row in found if row["kind"] == "scale"])
+        if lines:
+            parts.append("\n".join(f"- {line}" for line in lines))
     parts.append(
-        "Medians ± half the interquartile range, everything in one run with interleaved calls, after a check against "
-        "float64 (ops) or float32 losses (models). *Best of the others*: the fastest way PyTorch or transformers has, "
-        "whatever its dtype for models. *Of limit*: share of what the machine can do at most, measured in the same "
-        "run. MB: peak of the process (models) or of one call (ops). Commands and raw numbers: `benchmarks/results/`."
+        "Medians ± half the interquartile range; the calls of a run are interleaved, after a check against float64 "
+        "(ops) or float32 losses (models). *Best of the others*: the fastest way PyTorch or transformers has, whatever "
+        "its dtype for models. *Of limit*, *MFU*: share of what the machine can do at most, measured in the same run; "
+        "blank where memory traffic stays in the caches, for which no limit is known. MB: peak of the process (models) "
+        "or of one call (ops). Commands and raw numbers: `benchmarks/results/`."
     )
     return "\n\n".join(parts)
+
+
+def _order(run: Sequence[dict]) -> tuple[bool, str]:
+    return any(row["kind"] == "model" for row in run), run[0]["date"]
 
 
 def support_section() -> str:
@@ -74,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="folder of .jsonl files")
     parser.add_argument("--part", choices=("all", "bench", "support"), default="all")
+    parser.add_argument("--plots", action="store_true", help="also draw each results file's pictures")
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the file is stale")
     options = parser.parse_args(arguments)
 
@@ -88,4 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{options.readme} is stale: run python benchmarks/report.py", file=sys.stderr)
         return int(after != before)
     options.readme.write_text(after, encoding="utf-8")
+    if options.plots:
+        from llmfast.bench import plots
+
+        for path in sorted(options.results.glob("*.jsonl")):
+            plots.write(rows.read([path]), path.with_suffix(""))
     return 0

@@ -1,12 +1,15 @@
-"""Training steps of whole models: llmfast and its peers, each in a process of its own, taking turns.
+"""Whole models: training steps, prefill and decoding by llmfast and its peers, each in a process of its own, taking turns.
 
 A process each, because only so is its peak memory its own, and because a peer that needs minutes for a step can be
 stopped at a time limit. Idle processes wait on a pipe and take no processor time. Weights, batch, hyperparameters and
-threads are the same; before anything is timed, the losses of the first steps are held against transformers in float32.
+threads are the same; before anything is timed, the losses of the first steps (for inference: the loss of one token after
+the prompt) are held against transformers in float32.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import importlib.util
 import multiprocessing
 from collections.abc import Callable
@@ -14,8 +17,8 @@ from dataclasses import dataclass
 
 from llmfast.bench.harness import Budget, compare, schedule, summary
 from llmfast.bench.limits import Limits
-from llmfast.bench.worker import StepSpec, serve
-from llmfast.models import PRESETS
+from llmfast.bench.worker import StepSpec, Task, serve
+from llmfast.models import PRESETS, GPTConfig
 
 __all__ = ["StepCase", "measure_step"]
 
@@ -23,11 +26,23 @@ STARTING, COMPILING = 120.0, 600.0  # seconds that imports and weights, and torc
 COMPARED = 4  # losses
 WARM_AT_ONCE = 10.0  # seconds: one step this long warms up all there is to warm up
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-3}  # of the loss, which starts near log(V)
+ONE_TOKEN = 10.0  # times that for the loss of B tokens instead of B * T
+# What takes seconds to import. Not llmfast: this search starts in the working directory, which may be a checkout of it.
+PRELOAD = ["torch", "transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama"]
 
 
 @dataclass(frozen=True)
 class StepCase:
-    """A training step (forward, backward, AdamW) of a preset on B sequences of T tokens.
+    """A task of a model on B sequences of T tokens.
+
+    Attributes:
+        preset: the model's shape, by name in `llmfast.models.PRESETS`; or any name, with `config`.
+        dtype: float32 or bfloat16.
+        compile: also measure torch.compile of the peers.
+        task: ``training step`` (forward, backward, AdamW); ``prefill`` (B prompts of T tokens into the key/value caches,
+            logits of the last); ``decode`` (one token for each of B sequences, after T others).
+        malloc: also measure the peers with freed memory kept by the allocator, as llmfast asks it to.
+        config: the model's shape, where no preset has it.
 
     Example:
         >>> StepCase("gpt2", "bfloat16", B=4, T=1024).label
@@ -39,44 +54,90 @@ class StepCase:
     B: int
     T: int
     compile: bool = False
+    task: Task = "training step"
+    malloc: bool = False
+    config: GPTConfig | None = None
 
     def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
+        if self.config is None and self.preset not in PRESETS:
             raise ValueError(f"preset: got {self.preset!r}, expected one of {', '.join(PRESETS)}")
-        if not 1 < self.T <= PRESETS[self.preset].context:
-            raise ValueError(f"T: got {self.T}, expected 2 to {PRESETS[self.preset].context} for {self.preset}")
+        most = self.shape.context - (1 if self.task == "decode" else 0)
+        if not 1 < self.T <= most:
+            raise ValueError(f"T: got {self.T}, expected 2 to {most} for {self.preset}")
+
+    @property
+    def shape(self) -> GPTConfig:
+        """With biases where GPT-2 has them, because transformers' has them always."""
+        config = self.config or PRESETS[self.preset]
+        return config.replace(bias=True) if config.norm == "layer_norm" else config
 
     @property
     def label(self) -> str:
-        return f"training step {self.preset} {self.dtype} B={self.B} T={self.T}"
+        return f"{self.task} {self.preset} {self.dtype} B={self.B} T={self.T}"
+
+    @property
+    def tokens(self) -> int:
+        """What a step works through."""
+        return self.B if self.task == "decode" else self.B * self.T
+
+    @property
+    def flops(self) -> int:
+        """Multiplies and adds of a step; inference needs the head for one position of a sequence only."""
+        c = self.shape
+        if self.task == "training step":
+            return self.tokens * c.flops_per_token(self.T)
+        head = 2 * c.vocab_size * c.width
+        if self.task == "prefill":
+            return self.tokens * (c.flops_per_token(self.T) // 3 - head) + self.B * head
+        attention = c.layers * 4 * c.heads * c.D * (self.T + 1)
+        return self.B * (2 * c.layers * c.block_matmul_parameters() + attention + head)
+
+    @property
+    def bytes(self) -> int | None:
+        """What decoding must read: every weight once, and the keys and values of all sequences."""
+        if self.task != "decode":
+            return None
+        c, width = self.shape, 4 if self.dtype == "float32" else 2
+        return width * (c.parameters() + self.B * 2 * c.layers * c.Hkv * c.D * self.T)
 
     def providers(self, threads: int) -> dict[str, StepSpec | str]:
         """By name; a string says why one cannot run."""
 
-        def spec(provider: str, dtype: str, compile: bool = False) -> StepSpec:
-            return StepSpec(provider, self.preset, dtype, compile, self.B, self.T, threads)
+        def spec(provider: str, dtype: str, compile: bool = False, malloc: bool = False) -> StepSpec:
+            return StepSpec(provider, self.shape, dtype, compile, self.B, self.T, threads, self.task, malloc)
 
-        found: dict[str, StepSpec | str] = {
-            "llmfast": spec("llmfast", self.dtype),
-            "transformers float32": spec("transformers", "float32"),
-        }
+        narrow = f"transformers {self.dtype}" + (" autocast" if self.task == "training step" else "")
+        peers: dict[str, StepSpec | str] = {"transformers float32": spec("transformers", "float32")}
         if self.dtype != "float32":
-            found[f"transformers {self.dtype} autocast"] = spec("transformers", self.dtype)
-        found["transformers torch.compile"] = (
+            peers[narrow] = spec("transformers", self.dtype)
+        peers["transformers torch.compile"] = (
             spec("transformers", self.dtype, True) if self.compile else "not asked for (--compile)"
         )
+        if self.malloc:
+            tuned = {n: dataclasses.replace(s, malloc=True) for n, s in peers.items() if isinstance(s, StepSpec)}
+            peers.update({f"{name}, tuned malloc": s for name, s in tuned.items()})
         if importlib.util.find_spec("transformers") is None:
-            found = {n: s if n == "llmfast" else "transformers is not installed" for n, s in found.items()}
-        return found
+            peers = dict.fromkeys(peers, "transformers is not installed")
+        return {"llmfast": spec("llmfast", self.dtype), **peers}
 
 
 class _Failed(Exception):
     """A provider cannot go on: (status, note)."""
 
 
+@functools.cache
+def _context() -> multiprocessing.context.BaseContext:
+    """Forks of a process that has imported everything and computed nothing: ready at once, without OpenMP's state."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
+
+
 class _Worker:
     def __init__(self, spec: StepSpec, timeout: float) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork would inherit OpenMP's state
+        context = _context()
         self.timeout = timeout
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, spec), daemon=True)
@@ -129,7 +190,7 @@ def measure_step(
                 continue
             progress(f"{case.label}: {name}, first steps")
             _guard(found[name], workers, name, lambda s=spec, n=name: _start(n, s, workers, found[n], timeout, budget))
-        _check_losses(found, TOLERANCE[case.dtype])
+        _check_losses(found, _tolerance(case))
         if budget.timed:
             _time(case, found, workers, budget, progress)
         for name in list(workers):
@@ -158,6 +219,10 @@ def _start(name: str, spec: StepSpec, workers: dict, entry: dict, timeout: float
     if spec.compile or steps[0]["seconds"] < min(WARM_AT_ONCE, budget.slow):
         steps.append(worker.ask("step"))
     entry.update(status="ok", losses=[s["loss"] for s in steps], warm_up_s=[round(s["seconds"], 4) for s in steps])
+
+
+def _tolerance(case: StepCase) -> float:
+    return TOLERANCE[case.dtype] * (1.0 if case.task == "training step" else ONE_TOKEN)
 
 
 def _check_losses(found: dict[str, dict], tolerance: float) -> None:
@@ -189,7 +254,7 @@ def _time(case: StepCase, found: dict, workers: dict, budget: Budget, progress: 
         if name in workers:
             progress(f"{case.label}: step {i + 1} of {len(order)}, {name}")
             _guard(found[name], workers, name, lambda n=name: _take(workers[n], samples[n], found[n]["losses"]))
-    _check_losses(found, TOLERANCE[case.dtype])  # slow providers took one step before: now there are more
+    _check_losses(found, _tolerance(case))  # slow providers took one step before: now there are more
     for name, taken in samples.items():
         if taken and found[name]["status"] == "ok":
             found[name].update(summary(taken))
@@ -211,24 +276,23 @@ def _finish(worker: _Worker, entry: dict) -> None:
 
 
 def _row(case: StepCase, found: dict[str, dict], limits: Limits | None) -> dict:
-    config = PRESETS[case.preset]
-    tokens = case.B * case.T
-    flops = tokens * config.flops_per_token(case.T)
+    least, limit = limits.least_seconds(case.dtype, case.flops, 0) if limits else (None, "compute")
+    if limits and case.bytes and case.bytes / limits.read > least:
+        least, limit = case.bytes / limits.read, "read"
     for entry in found.values():
         if "median_ms" in entry:
-            entry["tokens_per_s"] = round(1e3 * tokens / entry["median_ms"], 1)
-            if limits:
-                least, _ = limits.least_seconds(case.dtype, flops, 0)
+            entry["tokens_per_s"] = round(1e3 * case.tokens / entry["median_ms"], 1)
+            if least is not None:
                 entry["share"] = round(1e3 * least / entry["median_ms"], 4)
     return {
         "kind": "model",
-        "case": "training step",
+        "case": case.task,
         "direction": "step",
         "dtype": case.dtype,
-        "dims": {"model": case.preset, "parameters": config.parameters(), "B": case.B, "T": case.T},
-        "flops": flops,
-        "bytes": None,
-        "limit": "compute",
+        "dims": {"model": case.preset, "parameters": case.shape.parameters(), "B": case.B, "T": case.T},
+        "flops": case.flops,
+        "bytes": case.bytes,
+        "limit": limit,
         "providers": found,
         "best": compare(found),
     }

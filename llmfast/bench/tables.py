@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["COLUMNS", "cells", "headline", "markdown", "problems", "terminal"]
+from llmfast.bench import scale
+
+__all__ = ["COLUMNS", "SCALE_COLUMNS", "cells", "headline", "markdown", "problems", "share", "terminal", "trend_lines"]
 
 COLUMNS = ("what", "dtype", "size", "llmfast", "best of the others", "ratio", "of limit", "notes")
+SCALE_COLUMNS = ("sweep", "size", "llmfast tokens/s", "best of the others", "ratio", "MFU", "memory, MB", "notes")
+IN_CACHE = 1.5  # a copy this much faster than the slowest is one within the caches
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -23,11 +27,77 @@ def cells(row: dict) -> tuple[str, ...]:
     if best["peer"]:
         peer = f"{milliseconds(providers[best['peer']])} {best['peer']}"
     ratio = f"{best['ratio']:.2f}×" if best["ratio"] else "–"
-    share = f"{100 * ours['share']:.0f}% {row['limit']}" if ours.get("share") else "–"
     mine = milliseconds(ours)
     if ours.get("tokens_per_s"):
         mine += f", {ours['tokens_per_s']:,.0f} tokens/s"
-    return what, SHORT.get(row["dtype"], row["dtype"]), size(row["dims"]), mine, peer, ratio, share, notes(row)
+    return (
+        what,
+        SHORT.get(row["dtype"], row["dtype"]),
+        size(row["dims"]),
+        mine,
+        peer,
+        ratio,
+        share(row, ours),
+        notes(row),
+    )
+
+
+def scale_cells(row: dict) -> tuple[str, ...]:
+    """A point of a sweep, in the order of `SCALE_COLUMNS`."""
+    providers, best, dims = row["providers"], row["best"], row["dims"]
+    ours, peer = providers.get("llmfast", {}), providers.get(best["peer"] or "", {})
+
+    def speed(provider: dict) -> str:
+        return f"{provider['tokens_per_s']:,.0f}" if provider.get("tokens_per_s") else provider.get("status", "–")
+
+    rest = {name: value for name, value in dims.items() if name not in ("sweep", "parameters")}
+    text = f"{size({'parameters': dims['parameters']})} {size(rest)}" + (
+        f" {row['threads']} threads" if dims["sweep"] == "threads" else ""
+    )
+    memory = " vs ".join(f"{p['memory_mb']:,.0f}" for p in (ours, peer) if p.get("memory_mb"))
+    return (
+        scale.SWEEPS[dims["sweep"]],
+        text,
+        speed(ours),
+        f"{speed(peer)} {best['peer']}" if best["peer"] else "–",
+        f"{best['ratio']:.2f}×" if best["ratio"] else "–",
+        share(row, ours),
+        memory or "–",
+        notes(row, memory=False),
+    )
+
+
+def trend_lines(rows: Sequence[dict]) -> list[str]:
+    """The fitted power laws of all sweeps, in words."""
+    lines = []
+    found = scale.trends(rows)
+    for (sweep, provider, what), trend in found.items():
+        if what == "tokens_per_s":
+            text = f"{scale.SWEEPS[sweep]}: {provider} tokens/s ∝ x^{trend.exponent:.2f} {_residual(trend)}"
+            memory = found.get((sweep, provider, "memory_mb"))
+            if memory:
+                text += f", memory ∝ x^{memory.exponent:.2f} {_residual(memory)}"
+            lines.append(text)
+    return lines
+
+
+def _residual(trend: scale.Trend) -> str:
+    return f"(±{100 * (trend.residual - 1):.0f}%, {trend.points} points)"
+
+
+def share(row: dict, provider: dict) -> str:
+    """How much of the limit, or why that is not known."""
+    value, limits = provider.get("share"), row.get("limits")
+    if not value or not limits:
+        return "–"
+    if row["limit"] == "memory" and row.get("bytes"):
+        copy = {int(size): speed for size, speed in limits["copy_gbs"].items()}
+        speed = copy[max((size for size in copy if size <= row["bytes"]), default=min(copy))]
+        if speed > IN_CACHE * copy[max(copy)]:
+            return "– (in cache)"
+    if value > 1:
+        return f"– (above 100% {row['limit']})"
+    return f"{100 * value:.0f}% {row['limit']}"
 
 
 def milliseconds(provider: dict) -> str:
@@ -54,12 +124,12 @@ def size(dims: dict) -> str:
     return " ".join(parts)
 
 
-def notes(row: dict) -> str:
+def notes(row: dict, memory: bool = True) -> str:
     """What a reader must know before believing the line."""
     found = []
-    memory = {}
+    used = {}
     for name, provider in row["providers"].items():
-        if provider["status"] == "timeout":
+        if provider["status"] in ("timeout", "skipped"):
             found.append(f"{name}: {provider['note']}")
         elif provider["status"] in ("wrong", "error"):
             found.append(f"{name}: {provider['status']} ({provider.get('note') or 'breaks the error rule'})")
@@ -68,10 +138,10 @@ def notes(row: dict) -> str:
         if provider.get("fell_back"):
             found.append(f"{name} fell back: {provider['fell_back']}")
         if provider.get("memory_mb") is not None and name in (row["best"]["llmfast"], row["best"]["peer"]):
-            memory[name] = provider["memory_mb"]
-    if len(memory) == 2:
-        found.append(" vs ".join(f"{memory[name]:,.0f}" for name in memory) + " MB")
-    return "; ".join(found)
+            used[name] = provider["memory_mb"]
+    if memory and len(used) == 2:
+        found.append(" vs ".join(f"{value:,.0f}" for value in used.values()) + " MB")
+    return "; ".join(dict.fromkeys(found))
 
 
 def problems(rows: Sequence[dict]) -> list[str]:
@@ -81,7 +151,7 @@ def problems(rows: Sequence[dict]) -> list[str]:
         + (f" ({provider['note']})" if provider.get("note") else "")
         for row in rows
         for name, provider in row["providers"].items()
-        if provider["ours"] and provider["status"] != "ok"
+        if provider["ours"] and provider["status"] not in ("ok", "skipped")
     ]
 
 
@@ -100,23 +170,32 @@ def headline(row: dict) -> str:
 
 
 def terminal(rows: Sequence[dict], title: str) -> Table:
+    """A table for rows that are all points of sweeps, or none of them."""
+    columns, cells_of = _layout(rows)
     table = Table(title=title, title_justify="left", header_style="bold", show_lines=False)
-    for column in COLUMNS:
-        number = column in ("ratio", "of limit")
+    for column in columns:
+        number = column in ("ratio", "of limit", "MFU", "llmfast tokens/s")
         table.add_column(column, justify="right" if number else "left", overflow="fold")
     for row in rows:
-        line = [Text(cell) for cell in cells(row)]
+        line = [Text(cell) for cell in cells_of(row)]
         ratio = row["best"]["ratio"]
         if ratio:
-            line[COLUMNS.index("ratio")].stylize("green" if ratio >= 1 else "red")
+            line[columns.index("ratio")].stylize("green" if ratio >= 1 else "red")
         table.add_row(*line)
     return table
 
 
 def markdown(rows: Sequence[dict]) -> str:
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells(row)) + " |" for row in rows]
+    """The same in Markdown."""
+    columns, cells_of = _layout(rows)
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells_of(row)) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def _layout(rows: Sequence[dict]) -> tuple[tuple[str, ...], Callable[[dict], tuple[str, ...]]]:
+    scaled = any(row["kind"] == "scale" for row in rows)
+    return (SCALE_COLUMNS, scale_cells) if scaled else (COLUMNS, cells)
 
 
 def _significant(value: float, digits: int = 3) -> str:

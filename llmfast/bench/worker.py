@@ -1,4 +1,4 @@
-"""A training step of one provider, served from a process of its own.
+"""One provider's training step, prefill or decoding of a token, served from a process of its own.
 
 The parent sends ``step`` or ``stop``; a step is answered with its seconds and loss, a stop with what the process used.
 A failure is answered with its reason. Nothing runs between requests, so providers can take turns.
@@ -10,46 +10,60 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from typing import Literal
 
 import torch
 
-__all__ = ["HYPERPARAMETERS", "StepSpec", "serve"]
+from llmfast.models import GPTConfig
+
+__all__ = ["HYPERPARAMETERS", "StepSpec", "Task", "serve"]
 
 HYPERPARAMETERS = dict(lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 
 
+Task = Literal["training step", "prefill", "decode"]
+
+
 @dataclass(frozen=True)
 class StepSpec:
-    """One provider's training step.
+    """One provider's step.
 
     Attributes:
         provider: llmfast or transformers.
-        preset: name in `llmfast.models.PRESETS`. Linear layers and LayerNorm get biases where GPT-2 has them.
-        dtype: float32 or bfloat16. llmfast holds parameters in it, with float32 masters in its AdamW; transformers
-            holds float32 parameters and computes under autocast, as its users do.
+        config: the model's shape.
+        dtype: float32 or bfloat16. Training, llmfast holds parameters in it, with float32 masters in its AdamW;
+            transformers holds float32 parameters and computes under autocast, as its users do. Otherwise both hold
+            parameters in it.
         compile: whether the model goes through torch.compile.
         B, T: sequences and tokens of each in a batch.
         threads: of torch and llmfast.
+        task: see `llmfast.bench.steps.StepCase`.
+        malloc: whether freed memory is kept; llmfast's training does so always.
     """
 
     provider: str
-    preset: str
+    config: GPTConfig
     dtype: str
     compile: bool
     B: int
     T: int
     threads: int
+    task: Task = "training step"
+    malloc: bool = False
 
 
 def serve(connection: Connection, spec: StepSpec) -> None:
     """Answers requests until ``stop``."""
+    from llmfast import backend
     from llmfast.bench.harness import Activity
     from llmfast.bench.memory import peak_rss
 
     try:
         torch.set_num_threads(spec.threads)
         activity = Activity()
-        step = _llmfast_step(spec) if spec.provider == "llmfast" else _transformers_step(spec)
+        if spec.malloc:
+            backend.keep_freed_memory()
+        step = STEPS[spec.provider, spec.task](spec)
         connection.send({"ready": True})
         while connection.recv() == "step":
             start = time.perf_counter()
@@ -62,28 +76,21 @@ def serve(connection: Connection, spec: StepSpec) -> None:
         connection.send({"error": f"{type(error).__name__}: {error}".split("\n", 1)[0][:200]})
 
 
-def _config(spec: StepSpec):
-    from llmfast.models import PRESETS
-
-    config = PRESETS[spec.preset]
-    return config.replace(bias=True) if config.norm == "layer_norm" else config
-
-
 def _model(spec: StepSpec):
     from llmfast.models import GPT
 
     torch.manual_seed(0)
-    return GPT(_config(spec))
+    return GPT(spec.config)
 
 
 def _batch(spec: StepSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """Random tokens, the same at every step: a falling loss shows that gradients and optimiser are right."""
-    ids = torch.randint(_config(spec).vocab_size, (spec.B, spec.T), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(spec.config.vocab_size, (spec.B, spec.T), generator=torch.Generator().manual_seed(0))
     targets = torch.cat((ids[:, 1:], torch.full((spec.B, 1), -100)), dim=1)
     return ids, targets
 
 
-def _llmfast_step(spec: StepSpec) -> Callable[[], float]:
+def _llmfast_training(spec: StepSpec) -> Callable[[], float]:
     import llmfast
 
     llmfast.backend.keep_freed_memory()  # as llmfast.train.pretrain does
@@ -102,7 +109,7 @@ def _llmfast_step(spec: StepSpec) -> Callable[[], float]:
     return step
 
 
-def _transformers_step(spec: StepSpec) -> Callable[[], float]:
+def _transformers_training(spec: StepSpec) -> Callable[[], float]:
     model = transformers_twin(_model(spec)).train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True, **HYPERPARAMETERS)
     ids, _ = _batch(spec)
@@ -118,6 +125,75 @@ def _transformers_step(spec: StepSpec) -> Callable[[], float]:
         return loss.item()
 
     return step
+
+
+def _llmfast_inference(spec: StepSpec) -> Callable[[], float]:
+    model = _model(spec).to(getattr(torch, spec.dtype)).eval()
+    ids, _ = _batch(spec)
+    caches = model.caches(spec.T + 1)
+
+    @torch.inference_mode()
+    def prefill() -> float:
+        for cache in caches:
+            cache.length = 0
+        return _surprise(model(ids, caches=caches, last_only=True))
+
+    @torch.inference_mode()
+    def decode() -> float:
+        for cache in caches:
+            cache.length = spec.T
+        return _surprise(model(ids[:, :1], caches=caches, last_only=True))
+
+    if spec.task == "prefill":
+        return prefill
+    prefill()
+    return decode
+
+
+def _transformers_inference(spec: StepSpec) -> Callable[[], float]:
+    from transformers import DynamicCache, StaticCache
+
+    model = transformers_twin(_model(spec)).to(getattr(torch, spec.dtype)).eval()
+    ids, _ = _batch(spec)
+    forward = torch.compile(model) if spec.compile else model
+
+    @torch.inference_mode()
+    def prefill() -> float:
+        return _surprise(forward(input_ids=ids, use_cache=True, logits_to_keep=1).logits)
+
+    if spec.task == "prefill":
+        return prefill
+    # as its documentation has it: compiled code works on a cache of fixed size, the prompt goes in without compilation
+    cache = StaticCache(config=model.config, max_cache_len=spec.T + 1) if spec.compile else DynamicCache()
+    with torch.inference_mode():
+        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    @torch.inference_mode()
+    def decode() -> float:
+        logits = forward(input_ids=ids[:, :1], past_key_values=cache, use_cache=True).logits
+        if spec.compile:
+            for layer in cache.layers:
+                layer.cumulative_length.fill_(spec.T)
+        else:
+            cache.crop(-1)
+        return _surprise(logits)
+
+    return decode
+
+
+def _surprise(logits: torch.Tensor) -> float:
+    """The loss of token 0 in the last position: one number that a wrong cache or model changes."""
+    return -logits[:, -1].float().log_softmax(-1)[:, 0].mean().item()
+
+
+STEPS: dict[tuple[str, Task], Callable[[StepSpec], Callable[[], float]]] = {
+    ("llmfast", "training step"): _llmfast_training,
+    ("llmfast", "prefill"): _llmfast_inference,
+    ("llmfast", "decode"): _llmfast_inference,
+    ("transformers", "training step"): _transformers_training,
+    ("transformers", "prefill"): _transformers_inference,
+    ("transformers", "decode"): _transformers_inference,
+}
 
 
 def transformers_twin(model):

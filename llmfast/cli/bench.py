@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
 import time
 from collections.abc import Callable, Iterable
@@ -14,7 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from tyro.conf import Positional
 
-from llmfast.bench import cases, rows, tables
+from llmfast import backend
+from llmfast.bench import cases, plots, rows, scale, tables
 from llmfast.bench.harness import Budget, measure
 from llmfast.bench.limits import Limits
 from llmfast.bench.steps import StepCase, measure_step
@@ -28,25 +30,30 @@ class BenchConfig:
     Example: llmfast bench op --quick --only linear,attention
     """
 
-    what: Positional[Literal["all", "op", "model"]] = "all"
-    """op: single operations; model: whole training steps; all: both."""
+    what: Positional[Literal["all", "op", "model", "scale"]] = "all"
+    """op: single operations; model: training steps, prefill and decoding of whole models; all: both; scale: training
+    steps as models, sequences, batches and threads grow."""
     quick: bool = False
     """Fewer and smaller cases: under 3 minutes."""
     smoke: bool = False
     """Tiny cases, checked and not timed: under half a minute."""
     json: Path | None = None
     """Also write one JSON line a case to this file, which is replaced."""
+    plot: Path | None = None
+    """Also draw pictures (PNG) into this folder; needs matplotlib."""
     only: str | None = None
     """Only these ops, separated by commas: linear, ffn, attention, add_layer_norm, add_rms_norm, linear_cross_entropy,
-    AdamW."""
+    AdamW. For scale, these sweeps: parameters, T (sequence length), B (batch), threads."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Only this dtype; default: float32 and bfloat16."""
+    """Only this dtype; default: float32 and bfloat16; for scale bfloat16 where AMX has it, else float32."""
     threads: int | None = None
     """Threads of llmfast and of its peers; default: torch's."""
     compile: bool = False
     """Also measure torch.compile (it compiles for half a minute a case, and needs a C++ compiler)."""
+    malloc: bool = False
+    """For models: also measure the peers with an allocator that keeps freed memory, as llmfast's training has it."""
     all_isas: bool = False
-    """Also measure llmfast's kernels for lower instruction sets."""
+    """Also measure llmfast's kernels for lower instruction sets; a full run of single operations always does."""
     preset: str | None = None
     """For models: the shape (see llmfast.models.PRESETS); default: gpt2, and gpt-nano for small work."""
     batch: int | None = None
@@ -57,6 +64,8 @@ class BenchConfig:
     """For models: stop a provider that needs longer than this for a step, in seconds."""
 
     def __post_init__(self) -> None:
+        if self.plot and importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("plot: needs matplotlib: pip install 'llmfast[plot]'")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads: got {self.threads}, expected at least 1")
         if self.timeout <= 0:
@@ -84,6 +93,12 @@ OP_BUDGETS = {"full": Budget(), "quick": Budget(seconds=0.5, slow=1.0, case=6.0)
 STEP_BUDGETS = {
     "full": Budget(seconds=10.0, rounds=(3, 40), slow=60.0),
     "quick": Budget(seconds=2.0, rounds=(3, 20), slow=5.0),
+    "smoke": Budget(timed=False),
+}
+
+SCALE_BUDGETS = {
+    "full": Budget(seconds=5.0, rounds=(3, 20), slow=30.0),
+    "quick": Budget(seconds=1.0, rounds=(3, 10), slow=3.0),
     "smoke": Budget(timed=False),
 }
 
@@ -127,6 +142,9 @@ def main(config: BenchConfig) -> int:
             console.print("  ".join(tables.cells(row)), highlight=False, soft_wrap=True)
 
     _show(found, size, time.perf_counter() - start)
+    if config.plot and not config.smoke:
+        for path in plots.write(found, config.plot):
+            console.print(f"wrote {path}", highlight=False)
     wrong = tables.problems(found)
     for line in wrong:
         console.print(f"[red]wrong:[/red] {line}", highlight=False)
@@ -137,17 +155,19 @@ def _show(found: list[dict], size: str, seconds: float) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)
-    for kind, title in (("op", "operations"), ("model", "training steps")):
+    for kind, title in (("op", "operations"), ("model", "models"), ("scale", "training steps as scale grows")):
         part = [row for row in found if row["kind"] == kind]
         if part:
             console.print(tables.terminal(part, title))
+    for line in tables.trend_lines([row for row in found if row["kind"] == "scale"]):
+        console.print(line, highlight=False, soft_wrap=True)
     checked = sum(p["status"] == "ok" for row in found for p in row["providers"].values() if p["ours"])
     if size == "smoke":
         console.print(f"{checked} results of llmfast checked, nothing timed, in {seconds:.0f} s")
     else:
         console.print(
             "median ± half the interquartile range; ratio above 1: llmfast is faster than the best of the others; "
-            f"of limit: share of what this machine can do at most. {seconds:.0f} s"
+            f"of limit, MFU: share of what this machine can do at most; ∝ x^a: fitted power law. {seconds:.0f} s"
         )
 
 
@@ -163,17 +183,28 @@ def _jobs(config: BenchConfig, size: str, threads: int) -> Iterable[tuple[str, J
                 return measure_step(case, limits, STEP_BUDGETS[size], threads, config.timeout, progress)
 
             yield case.label, measure_model
+    if config.what == "scale":
+        dtype = config.dtype or ("bfloat16" if backend.native().active_isa() == "amx" else "float32")
+        for point in scale.points(size, dtype, threads, config.compile, _names(config.only)):
+
+            def measure_scale(limits, progress, point=point):
+                return scale.measure_point(point, limits, SCALE_BUDGETS[size], config.timeout, progress)
+
+            yield point.label, measure_scale
     if config.what in ("all", "op"):
-        options = cases.Options(size, config.compile, config.all_isas)
-        only = [name.strip() for name in config.only.split(",")] if config.only else None
-        for case in cases.cases(options, only, [getattr(torch, dtype) for dtype in config.dtypes]):
+        options = cases.Options(size, config.compile, config.all_isas or size == "full")
+        for case in cases.cases(options, _names(config.only), [getattr(torch, dtype) for dtype in config.dtypes]):
             yield case.label, lambda limits, progress, case=case: measure(case, limits, OP_BUDGETS[size])
 
 
-def _step_cases(config: BenchConfig, size: str) -> list[StepCase]:
-    if config.preset is not None:
-        from llmfast.models import PRESETS
+def _names(only: str | None) -> list[str] | None:
+    return [name.strip() for name in only.split(",")] if only else None
 
+
+def _step_cases(config: BenchConfig, size: str) -> list[StepCase]:
+    from llmfast.models import PRESETS
+
+    if config.preset is not None:
         if config.preset not in PRESETS:
             raise ValueError(f"preset: got {config.preset!r}, expected one of {', '.join(PRESETS)}")
         sequence = config.sequence or min(1024, PRESETS[config.preset].context)
@@ -184,4 +215,12 @@ def _step_cases(config: BenchConfig, size: str) -> list[StepCase]:
         sizes = [("gpt-micro", "float32", 4, 128), ("gpt-micro", "bfloat16", 4, 128)]
     else:
         sizes = [("gpt-nano", "float32", 2, 32), ("llama-nano", "bfloat16", 2, 32)]
-    return [StepCase(*s, compile=config.compile) for s in sizes if s[1] in config.dtypes]
+    common = dict(compile=config.compile, malloc=config.malloc)
+    found = [StepCase(*s, **common) for s in sizes if s[1] in config.dtypes]
+    for preset, dtype in dict.fromkeys((case.preset, case.dtype) for case in found):
+        context = PRESETS[preset].context
+        T = min(config.sequence or (32 if size == "smoke" else 1024), context - 1)
+        found.append(StepCase(preset, dtype, 1, T, task="prefill", **common))
+        for B in (1,) if size == "smoke" else (1, 8):
+            found.append(StepCase(preset, dtype, B, T, task="decode", **common))
+    return found

@@ -1,8 +1,9 @@
 """How an op is made known to torch: schema, CPU implementation, fake kernel and gradient, each given once.
 
-The same four functions serve three ways in:
+The same four functions serve four ways in:
 
-* ``torch.compile`` (and any dispatch mode, tensor subclass or functorch transform) sees ``torch.ops.llmfast.<name>``;
+* ``torch.compile`` (and any dispatch mode or tensor subclass) sees ``torch.ops.llmfast.<name>``;
+* `torch.func` transforms see an ``autograd.Function`` in the form that they ask for; `torch.vmap` runs a loop;
 * eager code that needs gradients goes through one ``autograd.Function`` built from the same gradient functions;
 * eager code without gradients calls the implementation directly, which saves about four microseconds a call.
 """
@@ -10,11 +11,22 @@ The same four functions serve three ways in:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from torch.autograd.function import once_differentiable
 
-__all__ = ["NativeOp", "as_matrix", "autocast", "check_dtype", "check_floating", "check_shape", "check_tensor"]
+__all__ = [
+    "NativeOp",
+    "as_matrix",
+    "autocast",
+    "check_dtype",
+    "check_floating",
+    "check_shape",
+    "check_tensor",
+    "dense",
+    "overrides_torch",
+]
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,7 +41,10 @@ class NativeOp:
         fake: the same on shapes and dtypes alone.
         setup_context: ``(ctx, inputs, output)``, saves what the gradient needs. Given together with `backward`.
         backward: ``(ctx, *grads) -> gradients of the inputs``; calls ops only, so that it can be traced.
+        cuda: implementation on CUDA tensors, for which `llmfast.backend.why_not_native` has no objection.
     """
+
+    all: ClassVar[list[NativeOp]] = []
 
     def __init__(
         self,
@@ -38,37 +53,73 @@ class NativeOp:
         fake: Callable,
         setup_context: Callable | None = None,
         backward: Callable | None = None,
+        *,
+        cuda: Callable | None = None,
     ) -> None:
         self.name = schema.split("(", 1)[0].strip()
         qualified = f"llmfast::{self.name}"
         torch.library.define(qualified, schema.split(self.name, 1)[1], tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.impl(qualified, "CPU", cpu)
         torch.library.register_fake(qualified, fake)
-        self._cpu = cpu
+        if cuda is not None:
+            torch.library.impl(qualified, "CUDA", cuda)
+        self.cpu, self.cuda = cpu, cuda
+        # A torch without CUDA has no other tensors than the CPU's, and does not pay for the question.
+        self.run = cpu if cuda is None or torch.version.cuda is None else _by_device(cpu, cuda)
+        self._gradient = (setup_context, backward)
+        self._transformed: type[torch.autograd.Function] | None = None
         self._function: type[torch.autograd.Function] | None = None
         if backward is not None:
             torch.library.register_autograd(qualified, backward, setup_context=setup_context)
-            self._function = _autograd_function(self.name, cpu, setup_context, backward)
+            self._function = _autograd_function(self, setup_context, backward)
         self.op = getattr(torch.ops.llmfast, self.name).default
+        self.all.append(self)
 
     def __call__(self, *args):
         if torch.compiler.is_compiling() or not _plain_eager(args):
+            if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
+                self._transformed = self._transformed or _functorch_function(self.name, self.op, *self._gradient)
+                return self._transformed.apply(*args)
             return self.op(*args)
         if self._function is not None and torch.is_grad_enabled() and _any_requires_grad(args):
             return self._function.apply(*args)
-        return self._cpu(*args)
+        return self.run(*args)
 
 
-def _autograd_function(name: str, cpu: Callable, setup_context: Callable, backward: Callable):
+def _by_device(cpu: Callable, cuda: Callable) -> Callable:
+    """The implementation for the device of the first argument, a tensor in every schema."""
+
+    def run(*args):
+        return (cuda if args[0].is_cuda else cpu)(*args)
+
+    return run
+
+
+def _autograd_function(op: NativeOp, setup_context: Callable, backward: Callable):
     """The eager gradient. Forward with `ctx` costs 40 us a call less than torch's separate ``setup_context``; a second
     derivative, which no kernel has, is an error instead of a wrong number."""
 
     def forward(ctx, *args):
-        output = cpu(*args)
+        output = op.run(*args)
         setup_context(ctx, args, output)
         return output
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(backward))}
+    return type(op.name, (torch.autograd.Function,), methods)
+
+
+def _functorch_function(name: str, op: Callable, setup_context: Callable | None, backward: Callable | None):
+    """What `torch.func.grad`, `vmap` and their kin need, which `torch.library.register_autograd` does not give them."""
+
+    def no_derivative(ctx, *grads):
+        raise RuntimeError(f"llmfast::{name} has no derivative (a second derivative was asked for)")
+
+    methods = {
+        "forward": staticmethod(op),
+        "setup_context": staticmethod(setup_context or (lambda ctx, inputs, output: None)),
+        "backward": staticmethod(backward or no_derivative),
+        "generate_vmap_rule": True,
+    }
     return type(name, (torch.autograd.Function,), methods)
 
 
@@ -77,6 +128,15 @@ def _plain_eager(args: Sequence) -> bool:
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return False
     return all(type(a) in _PLAIN for a in args if isinstance(a, torch.Tensor))
+
+
+def overrides_torch(value: object) -> bool:
+    """Whether `value` is of a class with its own idea of torch's functions, or wraps other tensors (DTensor, quantized
+    weights). `torch.overrides.has_torch_function` also says yes to every tensor inside ``with torch.device(...)``."""
+    if type(value) in _PLAIN or value is None:
+        return False
+    override = getattr(type(value), "__torch_function__", None)
+    return override not in (None, torch._C._disabled_torch_function_impl) or hasattr(value, "__tensor_flatten__")
 
 
 def _any_requires_grad(args: Sequence) -> bool:
@@ -94,7 +154,12 @@ def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
 
 def as_matrix(x: torch.Tensor) -> torch.Tensor:
     """``[..., K] -> [M, K]``: a view wherever strides allow one."""
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return x if x.dim() == 2 else x.flatten(0, -2) if x.dim() > 2 else x[None]
+
+
+def dense(x: torch.Tensor) -> torch.Tensor:
+    """`x.contiguous()`, which also gives an empty tensor the strides of its shape; torch leaves it whatever it has."""
+    return x.contiguous() if x.numel() else x.new_empty(x.shape)
 
 
 def check_tensor(name: str, value: object) -> None:

@@ -6,13 +6,24 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from llmfast import backend, reference
-from llmfast.ops._native_op import NativeOp, autocast, check_dtype, check_floating, check_shape, check_tensor
+from llmfast.ops._native_op import (
+    NativeOp,
+    autocast,
+    check_dtype,
+    check_floating,
+    check_shape,
+    check_tensor,
+    dense,
+    overrides_torch,
+)
 
 __all__ = ["attention", "scaled_dot_product_attention", "varlen_attention"]
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+_MOST_CUDA_HEAD_DIM = 256
 
 Window = int | tuple[int, int] | None
 
@@ -67,7 +78,7 @@ def attention(
     _check_mask(mask, q, k)
     left, right = _band(causal, window)
     scale, softcap = _score_options(q, scale, softcap)
-    reason = _why_not_native(q, mask)
+    reason = _why_not_native(q, v, mask)
     if reason:
         backend.count_fallback("attention", reason)
         return reference.attention(
@@ -117,7 +128,7 @@ def varlen_attention(
     check_shape("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape)
     left, right = _band(causal, window)
     scale, softcap = _score_options(q, scale, softcap)
-    reason = _why_not_native(q, None)
+    reason = _why_not_native(q, v, None)
     if reason:
         backend.count_fallback("varlen_attention", reason)
         return reference.varlen_attention(
@@ -144,62 +155,137 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention` on `attention`'s kernels, same arguments and results.
+    """`torch.nn.functional.scaled_dot_product_attention` on `attention`'s kernels: same arguments, results and errors.
 
-    `is_causal` aligns top-left: query i sees keys 0..i. What the kernels do not take (dropout, float64, more than four
-    dimensions, other devices, a mask that requires a gradient) goes to torch's own function, counted in
-    ``llmfast.backend.info()``.
+    `is_causal` aligns top-left: query i sees keys 0..i. What the kernels do not take (dropout, float64, other devices,
+    a mask that requires a gradient, tensor subclasses) goes to torch's own function, counted in
+    ``llmfast.backend.info()``; so do arguments that do not fit, so that the error is torch's.
 
     Args:
-        query: ``[B, Hq, L, E]`` or ``[H, L, E]``. key: ``[B, Hkv, S, E]``. value: ``[B, Hkv, S, Ev]``.
-        attn_mask: boolean (True: look) or additive, broadcastable to ``[B, Hq, L, S]``; not together with `is_causal`.
+        query: ``[..., Hq, L, E]``. key: ``[..., Hkv, S, E]``. value: ``[..., Hkv, S, Ev]``. Dimensions before the last
+            two broadcast against each other; there may be none. Tensors of more than four dimensions run natively where
+            they are contiguous.
+        attn_mask: boolean (True: look) or additive, broadcastable to ``[..., Hq, L, S]``; not together with
+            `is_causal`. A `torch.nn.attention.bias.CausalBias` is never materialised.
         enable_gqa: allows Hkv < Hq.
 
     Returns:
-        ``[B, Hq, L, Ev]``, laid out as `query` is.
+        ``[..., Hq, L, Ev]``, laid out as `query` is.
 
     Raises:
-        TypeError, ValueError: as `attention` does. RuntimeError: what torch's own function rejects.
+        RuntimeError: what torch's own function rejects. ValueError: `key` and `value` differ in length.
 
     Example:
         >>> q = torch.randn(2, 8, 16, 64)
         >>> llmfast.scaled_dot_product_attention(q, q, q, is_causal=True).shape
         torch.Size([2, 8, 16, 64])
     """
-    reason = _why_not_twin(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
-    if reason:
-        backend.count_fallback("scaled_dot_product_attention", reason)
+    prepared = _prepare_twin(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    if isinstance(prepared, str):
+        backend.count_fallback("scaled_dot_product_attention", prepared)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    q, k, v = (query, key, value) if query.dim() == 4 else (query[None], key[None], value[None])
-    q, k, v = _checked(q, k, v, 4)
-    _check_mask(attn_mask, q, k)
-    right = q.shape[2] - k.shape[2] if is_causal else None
-    out = _attention(q, k, v, attn_mask, None, right, *_score_options(q, scale, None))[0]
-    return out[0] if query.dim() == 3 else out
+    q, k, v, mask, right, shape = prepared
+    out = _attention(q, k, v, mask, None, right, *_score_options(q, scale, None))[0]
+    return out if len(shape) == 4 else out.view(shape)
 
 
-def _why_not_twin(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa) -> str | None:
+def _prepare_twin(query, key, value, mask, dropout_p, is_causal, enable_gqa):
+    """q, k and v as [B, H, T, D], the mask, how far right of the diagonal a query sees, and the shape of the result; or
+    the reason why torch's own function has to do it."""
     if dropout_p != 0.0:
         return "dropout"
-    if is_causal and attn_mask is not None:
+    if is_causal and mask is not None:
         return "both attn_mask and is_causal"
-    if not (query.dim() == key.dim() == value.dim() and query.dim() in (3, 4)):
-        return f"{query.dim()} dimensions"
+    variant = mask.variant if isinstance(mask, CausalBias) else None
+    if not all(isinstance(t, torch.Tensor) for t in (query, key, value)):
+        return "arguments that do not fit"
+    if any(overrides_torch(t) for t in (query, key, value, None if variant is not None else mask)):
+        return "a tensor subclass"
+    if not query.device == key.device == value.device:
+        return "arguments that do not fit"
+    if not query.is_cpu and (reason := _why_not_on_device(query, value)):
+        return reason
     if query.dtype not in _FLOATING:
         return f"dtype {query.dtype}"
-    if not (_shapes_fit(query.shape, key.shape, value.shape, -3) and (enable_gqa or query.shape[-3] == key.shape[-3])):
-        return "shapes to broadcast"
-    return _why_not_native(query, attn_mask)
+    q, k, v = autocast(query, key, value)
+    if not q.dtype == k.dtype == v.dtype:
+        return "arguments that do not fit"
+    if k.dim() > 1 and v.dim() > 1 and k.shape[-2] != v.shape[-2]:  # not left to torch, which reads past the end
+        raise ValueError(f"value: got {v.shape[-2]} tokens, expected {k.shape[-2]} as key has")
+    shape = q.shape[:-1] + v.shape[-1:]
+    if not (q.dim() == k.dim() == v.dim() == 4 and _twin_shapes_fit(q, k, v, enable_gqa)):
+        broadcast = _broadcast_heads(q, k, v, enable_gqa)
+        if isinstance(broadcast, str):
+            return broadcast
+        q, k, v, shape = broadcast
+    L, S = q.shape[2], k.shape[2]
+    right = L - S if is_causal else None
+    if variant is not None:
+        upper_left = variant == CausalVariant.UPPER_LEFT or mask.seq_len_q == mask.seq_len_kv
+        if not upper_left and (mask.seq_len_q, mask.seq_len_kv) != (L, S):
+            return "arguments that do not fit"
+        mask, right = None, L - S if upper_left else 0
+    elif mask is not None:
+        reason = _why_not_twin_mask(mask, query, (*shape[:-1], S))
+        if reason:
+            return reason
+    return q, k, v, mask, right, shape
 
 
-def _why_not_native(q: torch.Tensor, mask: torch.Tensor | None) -> str | None:
-    if not q.is_cpu:
-        return f"no kernel for device {q.device.type}"
+def _twin_shapes_fit(q, k, v, enable_gqa) -> bool:
+    return _shapes_fit(q.shape, k.shape, v.shape) and (enable_gqa or q.shape[1] == k.shape[1])
+
+
+def _broadcast_heads(q, k, v, enable_gqa):
+    """As [B, H, T, D] by torch's broadcasting, without a copy; and the shape of the result."""
+    own = 3 if enable_gqa else 2  # dimensions that do not broadcast
+    if min(q.dim(), k.dim(), v.dim()) < own:
+        return "arguments that do not fit"
+    try:
+        batch = torch.broadcast_shapes(q.shape[:-own], k.shape[:-own], v.shape[:-own])
+    except RuntimeError:
+        return "arguments that do not fit"
+    q, k, v = (t.expand(*batch, *t.shape[-own:]) for t in (q, k, v))
+    shape = q.shape[:-1] + v.shape[-1:]
+    if len(shape) > 4:
+        if not all(t.is_contiguous() for t in (q, k, v)):
+            return f"{len(shape)} dimensions, not contiguous"
+        q, k, v = (t.flatten(0, -4) for t in (q, k, v))
+    else:
+        q, k, v = (t[(None,) * (4 - t.dim())] for t in (q, k, v))
+    return (q, k, v, shape) if _twin_shapes_fit(q, k, v, enable_gqa) else "arguments that do not fit"
+
+
+def _why_not_twin_mask(mask: torch.Tensor, query: torch.Tensor, full: tuple[int, ...]) -> str | None:
+    """`full`: the shape of the scores. Of the many dimensions before the last three, a mask may only broadcast."""
+    if not isinstance(mask, torch.Tensor) or mask.device != query.device or not 2 <= mask.dim() <= len(full):
+        return "arguments that do not fit"
+    if mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        return "arguments that do not fit"
+    if not _broadcasts(mask.shape, full):
+        return "arguments that do not fit"
+    if len(full) > 4 and mask.dim() > 3:
+        return f"a mask of {mask.dim()} dimensions"
+    if mask.requires_grad and torch.is_grad_enabled():
+        return "a mask that requires a gradient"
+    return None
+
+
+def _why_not_native(q: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> str | None:
+    reason = None if q.is_cpu else _why_not_on_device(q, v)
+    if reason:
+        return reason
     if mask is not None and mask.requires_grad and torch.is_grad_enabled():
         return "a mask that requires a gradient"
     return None
+
+
+def _why_not_on_device(q: torch.Tensor, v: torch.Tensor) -> str | None:
+    if max(q.shape[-1], v.shape[-1]) > _MOST_CUDA_HEAD_DIM:
+        return f"a head dim above {_MOST_CUDA_HEAD_DIM} on device {q.device.type}"
+    return backend.why_not_native(q.device)
 
 
 def _checked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dims: int):
@@ -250,8 +336,13 @@ def _check_mask(mask: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor) -> 
     if mask.device != q.device:
         raise ValueError(f"mask: got a tensor on {mask.device}, expected {q.device} as q is")
     full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    if mask.dim() > 4 or any(m not in (1, size) for m, size in zip(reversed(mask.shape), reversed(full))):
+    if mask.dim() > 4 or not _broadcasts(mask.shape, full):
         raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected one that broadcasts to {full}")
+
+
+def _broadcasts(shape, full) -> bool:
+    # Not `m in (1, size)`: with a symbolic size, torch.compile traces that to False.
+    return all(m == 1 or m == size for m, size in zip(reversed(shape), reversed(full)))
 
 
 def _band(causal: bool, window: Window) -> tuple[int | None, int | None]:
@@ -278,11 +369,13 @@ def _score_options(q: torch.Tensor, scale: float | None, softcap: float | None) 
 
 
 def _empty_like_heads(x: torch.Tensor, D: int | None = None) -> torch.Tensor:
-    """An uninitialised tensor of x's shape (with last dimension D), dense, heads and tokens nested as x nests them."""
+    """An uninitialised tensor of x's shape (with last dimension D), dense, dimensions nested as x nests them."""
     if D is None:
         D = x.shape[-1]
     if x.dim() == 4 and x.stride(1) < x.stride(2):
         B, H, T, _ = x.shape
+        if x.stride(1) <= x.stride(0) < x.stride(2):  # [T, B, H, D], as torch's modules have it
+            return x.new_empty((T, B, H, D)).permute(1, 2, 0, 3)
         return x.new_empty((B, T, H, D)).transpose(1, 2)
     return x.new_empty((*x.shape[:-1], D))
 
@@ -291,7 +384,7 @@ def _unit_stride(op: str, name: str, x: torch.Tensor) -> torch.Tensor:
     if x.stride(-1) == 1 or x.shape[-1] == 1:
         return x
     backend.count_fallback(op, f"copies {name}, whose last dimension has stride {x.stride(-1)}")
-    return x.contiguous()
+    return dense(x)
 
 
 def _rows(op: str, q, k, v):
@@ -300,7 +393,7 @@ def _rows(op: str, q, k, v):
 
 def _rows_of_gradient(grad: torch.Tensor) -> torch.Tensor:
     """Gradients come in any layout (that of a sum has strides 0); the copy is as small as the output."""
-    return grad if grad.stride(-1) == 1 or grad.shape[-1] == 1 else grad.contiguous()
+    return grad if grad.stride(-1) == 1 or grad.shape[-1] == 1 else dense(grad)
 
 
 def _full_mask(mask: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
@@ -309,11 +402,16 @@ def _full_mask(mask: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor) -> t
 
 def _forward(q, k, v, mask, left, right, scale: float, softcap: float):
     out, lse = _forward_fake(q, k, v, mask, left, right, scale, softcap)
+    attention_into(out, lse, q, k, v, mask, left, right, scale, softcap)
+    return out, lse
+
+
+def attention_into(out, lse, q, k, v, mask, left, right, scale: float, softcap: float) -> None:
+    """Writes ``out [B, Hq, Tq, Dv]`` and ``lse [B, Hq, Tq]`` of any strides, out's last one 1."""
     q, k, v = _rows("attention", q, k, v)
     backend.native().attention_forward(
         out, lse, q, k, v, _full_mask(mask, q, k), None, None, left, right, scale, softcap
     )
-    return out, lse
 
 
 def _forward_fake(q, k, v, mask, left, right, scale: float, softcap: float):
@@ -322,9 +420,19 @@ def _forward_fake(q, k, v, mask, left, right, scale: float, softcap: float):
 
 def _backward(grad, q, k, v, out, lse, mask, left, right, scale: float, softcap: float):
     grads = _backward_fake(grad, q, k, v, out, lse, mask, left, right, scale, softcap)
+    attention_backward_into(*grads, grad, q, k, v, out, lse, mask, left, right, scale, softcap)
+    return grads
+
+
+def attention_backward_into(
+    grad_q, grad_k, grad_v, grad, q, k, v, out, lse, mask, left, right, scale: float, softcap: float
+) -> None:
+    """Writes the gradients, shaped as q, k and v; any strides, the last one 1."""
     q, k, v = _rows("attention_backward", q, k, v)
     backend.native().attention_backward(
-        *grads,
+        grad_q,
+        grad_k,
+        grad_v,
         _rows_of_gradient(grad),
         out,
         lse,
@@ -339,7 +447,6 @@ def _backward(grad, q, k, v, out, lse, mask, left, right, scale: float, softcap:
         scale,
         softcap,
     )
-    return grads
 
 
 def _backward_fake(grad, q, k, v, out, lse, mask, left, right, scale: float, softcap: float):
@@ -384,6 +491,52 @@ def _varlen_backward_fake(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, l
     return _empty_like_heads(q), _empty_like_heads(k), _empty_like_heads(v)
 
 
+def _forward_cuda(q, k, v, mask, *options):
+    out, lse = _forward_fake(q, k, v, mask, *options)
+    _run_cuda_forward(out, lse, *_rows("attention", q, k, v), _full_mask(mask, q, k), None, None, *options)
+    return out, lse
+
+
+def _varlen_forward_cuda(q, k, v, cu_seqlens_q, cu_seqlens_k, *options):
+    out, lse = _varlen_forward_fake(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
+    offsets = _offsets(q, cu_seqlens_q), _offsets(q, cu_seqlens_k)
+    _run_cuda_forward(out, lse, *_rows("varlen_attention", q, k, v), None, *offsets, *options)
+    return out, lse
+
+
+def _backward_cuda(grad, q, k, v, out, lse, mask, *options):
+    grads = _backward_fake(grad, q, k, v, out, lse, mask, *options)
+    q, k, v = _rows("attention_backward", q, k, v)
+    _run_cuda_backward(*grads, _rows_of_gradient(grad), out, lse, q, k, v, _full_mask(mask, q, k), None, None, *options)
+    return grads
+
+
+def _varlen_backward_cuda(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *options):
+    grads = _varlen_backward_fake(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *options)
+    q, k, v = _rows("varlen_attention_backward", q, k, v)
+    offsets = _offsets(q, cu_seqlens_q), _offsets(q, cu_seqlens_k)
+    _run_cuda_backward(*grads, _rows_of_gradient(grad), out, lse, q, k, v, None, *offsets, *options)
+    return grads
+
+
+def _offsets(q: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    return cu_seqlens.to(q.device, torch.int64).contiguous()
+
+
+def _run_cuda_forward(out, lse, q, k, v, mask, cu_seqlens_q, *rest) -> None:
+    native, floats = backend.native_cuda(), 0
+    if cu_seqlens_q is None:
+        floats = native.attention_workspace(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], v.shape[3])
+    workspace = q.new_empty(floats, dtype=torch.float32) if floats else None
+    native.attention_forward(out, lse, q, k, v, mask, cu_seqlens_q, *rest, workspace, backend.stream_of(q))
+
+
+def _run_cuda_backward(*args) -> None:
+    native, lse = backend.native_cuda(), args[5]
+    floats = native.attention_backward_workspace(lse.numel())
+    native.attention_backward(*args, lse.new_empty(floats), backend.stream_of(lse))
+
+
 def _setup_context(ctx, inputs, output) -> None:
     q, k, v, mask, *ctx.options = inputs
     out, lse = output
@@ -419,6 +572,7 @@ attention_backward = NativeOp(
     f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
+    cuda=_backward_cuda,
 )
 _attention = NativeOp(
     f"attention_forward(Tensor q, Tensor k, Tensor v, Tensor? mask, {_OPTIONS}) -> (Tensor, Tensor)",
@@ -426,12 +580,14 @@ _attention = NativeOp(
     _forward_fake,
     _setup_context,
     _gradient,
+    cuda=_forward_cuda,
 )
 varlen_attention_backward = NativeOp(
     "varlen_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens_q, "
     f"Tensor cu_seqlens_k, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     _varlen_backward,
     _varlen_backward_fake,
+    cuda=_varlen_backward_cuda,
 )
 _varlen_attention = NativeOp(
     "varlen_attention_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
@@ -440,4 +596,5 @@ _varlen_attention = NativeOp(
     _varlen_forward_fake,
     _varlen_setup_context,
     _varlen_gradient,
+    cuda=_varlen_forward_cuda,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from llmfast import backend, reference
-from llmfast.ops._native_op import NativeOp, check_dtype, check_floating, check_shape, check_tensor
+from llmfast.ops._native_op import NativeOp, check_dtype, check_floating, check_shape, check_tensor, dense
 
 __all__ = ["embedding"]
 
@@ -36,7 +36,8 @@ def embedding(
 
     Raises:
         ValueError: an id is out of range (its value and position are named, before any memory is touched), or a shape
-        or device does not fit. TypeError: a dtype is unsupported.
+        or device does not fit. TypeError: a dtype is unsupported. On a GPU, where finding out about ids would mean to
+        wait for the device, one out of range gives a row of NaN and no gradient.
 
     Example:
         >>> llmfast.embedding(torch.tensor([[1, 2]]), torch.randn(10, 4), torch.randn(8, 4)).shape
@@ -45,8 +46,8 @@ def embedding(
     _check(input_ids, weight, position_weight, position_ids, out_dtype)
     if position_ids is not None:
         position_ids = position_ids.expand(input_ids.shape)
-    if weight.device.type != "cpu":
-        backend.count_fallback("embedding", f"no kernel for device {weight.device.type}")
+    if not weight.is_cpu and (reason := backend.why_not_native(weight.device)):
+        backend.count_fallback("embedding", reason)
         return reference.embedding(input_ids, weight, position_weight, position_ids, out_dtype=out_dtype)
     return _embedding(input_ids, weight, position_weight, position_ids, out_dtype)
 
@@ -82,12 +83,12 @@ def _check(input_ids, weight, position_weight, position_ids, out_dtype) -> None:
 
 
 def _check_broadcast(shape: torch.Size, target: torch.Size) -> None:
-    if len(shape) > len(target) or any(s not in (1, t) for s, t in zip(reversed(shape), reversed(target))):
+    if len(shape) > len(target) or any(s != 1 and s != t for s, t in zip(reversed(shape), reversed(target))):
         raise ValueError(f"position_ids: got shape {tuple(shape)}, expected one that broadcasts to {tuple(target)}")
 
 
 def _contiguous_rows(t: torch.Tensor | None) -> torch.Tensor | None:
-    return t if t is None or t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
+    return t if t is None or t.stride(-1) == 1 or t.shape[-1] <= 1 else dense(t)
 
 
 def _ids(t: torch.Tensor | None) -> torch.Tensor | None:
@@ -120,8 +121,14 @@ def _grad_output(grad: torch.Tensor, ids: torch.Tensor | None, V: int, dtype: to
 
 def _backward(grad: torch.Tensor, ids: torch.Tensor | None, V: int, dtype: torch.dtype) -> torch.Tensor:
     """Gradient of a table [V, C]; without ids, of the rows 0 .. T-1 for each sequence of grad."""
-    C = grad.shape[-1]
     grad_weight = _grad_output(grad, ids, V, dtype)
+    backend.native().embedding_backward(grad_weight, *_matching(grad, ids))
+    return grad_weight
+
+
+def _matching(grad: torch.Tensor, ids: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As the kernels take them: at most six dimensions, contiguous rows."""
+    C = grad.shape[-1]
     if ids is not None and ids.dim() != grad.dim() - 1:
         raise ValueError(f"ids: got shape {tuple(ids.shape)} for a gradient of shape {tuple(grad.shape)}")
     if ids is not None:
@@ -129,7 +136,28 @@ def _backward(grad: torch.Tensor, ids: torch.Tensor | None, V: int, dtype: torch
         grad = grad.reshape(*ids.shape, C)
     elif not 2 <= grad.dim() <= 6:
         grad = grad.reshape(-1, grad.shape[-2] if grad.dim() > 1 else 1, C)
-    backend.native().embedding_backward(grad_weight, _contiguous_rows(grad), ids)
+    return _contiguous_rows(grad), ids
+
+
+def _forward_cuda(input_ids, weight, position_weight, position_ids, out_dtype: torch.dtype | None) -> torch.Tensor:
+    out = _output(input_ids, weight, position_weight, position_ids, out_dtype)
+    ids = _ids(input_ids)
+    backend.native_cuda().embedding_forward(
+        out.view(*ids.shape, weight.shape[1]),
+        ids,
+        _contiguous_rows(weight),
+        _contiguous_rows(position_weight),
+        _ids(position_ids),
+        backend.stream_of(weight),
+    )
+    return out
+
+
+def _backward_cuda(grad: torch.Tensor, ids: torch.Tensor | None, V: int, dtype: torch.dtype) -> torch.Tensor:
+    grad_weight = _grad_output(grad, ids, V, dtype)
+    grad, ids = _matching(grad, ids)
+    values, order = (None, None) if ids is None else torch.sort(ids.reshape(-1), stable=True)
+    backend.native_cuda().embedding_backward(grad_weight, grad, ids, values, order, backend.stream_of(grad))
     return grad_weight
 
 
@@ -154,7 +182,10 @@ def _gradient(ctx, grad):
 
 
 _embedding_backward = NativeOp(
-    "embedding_backward(Tensor grad, Tensor? ids, SymInt V, ScalarType dtype) -> Tensor", _backward, _grad_output
+    "embedding_backward(Tensor grad, Tensor? ids, SymInt V, ScalarType dtype) -> Tensor",
+    _backward,
+    _grad_output,
+    cuda=_backward_cuda,
 )
 _embedding = NativeOp(
     "embedding(Tensor input_ids, Tensor weight, Tensor? position_weight, Tensor? position_ids, ScalarType? out_dtype)"
@@ -163,4 +194,5 @@ _embedding = NativeOp(
     _output,
     _setup_context,
     _gradient,
+    cuda=_forward_cuda,
 )

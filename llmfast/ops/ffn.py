@@ -60,8 +60,8 @@ def ffn(
         x, up_weight, up_bias, down_weight, down_bias, gate_weight
     )
     _check(x, up_weight, up_bias, down_weight, down_bias, gate_weight)
-    if x.device.type != "cpu":
-        backend.count_fallback("ffn", f"no kernel for device {x.device.type}")
+    if x.device.type != "cpu" and (reason := backend.why_not_native(x.device)):
+        backend.count_fallback("ffn", reason)
         return reference.ffn(
             x, up_weight, up_bias, down_weight, down_bias, activation=activation, gate_weight=gate_weight
         )
@@ -87,10 +87,28 @@ def _check(x, up_weight, up_bias, down_weight, down_bias, gate_weight) -> None:
 
 
 def _forward(x, up_weight, up_bias, gate_weight, down_weight, down_bias, activation: int, save: bool):
+    native = backend.native().ffn_forward
+    return _forward_with(native, x, up_weight, up_bias, gate_weight, down_weight, down_bias, activation, save)
+
+
+def _forward_cuda(x, up_weight, up_bias, gate_weight, down_weight, down_bias, activation: int, save: bool):
+    native, (F, C) = backend.native_cuda(), up_weight.shape
+    floats = native.ffn_workspace(x.numel() // max(1, C), C, F, x.element_size(), gate_weight is not None, save)
+
+    def run(*args):
+        native.ffn_forward(*args, x.new_empty(floats, dtype=torch.float32), backend.stream_of(x))
+
+    up_bias, down_bias = (None if b is None else b.contiguous() for b in (up_bias, down_bias))
+    return _forward_with(run, x, up_weight, up_bias, gate_weight, down_weight, down_bias, activation, save)
+
+
+def _forward_with(
+    native_forward, x, up_weight, up_bias, gate_weight, down_weight, down_bias, activation: int, save: bool
+):
     out, up, gate = _forward_fake(x, up_weight, up_bias, gate_weight, down_weight, down_bias, activation, save)
     if x.numel() == 0:
         return out, up, gate
-    backend.native().ffn_forward(
+    native_forward(
         out.view(-1, out.shape[-1]),
         up if save else None,
         gate if save and gate_weight is not None else None,
@@ -116,11 +134,28 @@ def _forward_fake(x, up_weight, up_bias, gate_weight, down_weight, down_bias, ac
 
 
 def _backward(grad, x, up_weight, gate_weight, down_weight, up, gate, activation: int, needed: list[bool]):
+    native = backend.native().ffn_backward
+    return _backward_with(native, grad, x, up_weight, gate_weight, down_weight, up, gate, activation, needed)
+
+
+def _backward_cuda(grad, x, up_weight, gate_weight, down_weight, up, gate, activation: int, needed: list[bool]):
+    native, (F, C) = backend.native_cuda(), up_weight.shape
+    floats = native.ffn_backward_workspace(x.numel() // max(1, C), C, F, x.element_size(), gate_weight is not None)
+
+    def run(*args):
+        native.ffn_backward(*args, x.new_empty(floats, dtype=torch.float32), backend.stream_of(x))
+
+    return _backward_with(run, grad, x, up_weight, gate_weight, down_weight, up, gate, activation, needed)
+
+
+def _backward_with(
+    native_backward, grad, x, up_weight, gate_weight, down_weight, up, gate, activation: int, needed: list[bool]
+):
     grads = _backward_fake(grad, x, up_weight, gate_weight, down_weight, up, gate, activation, needed)
     if x.numel() == 0:
         return tuple(g.zero_() for g in grads)
     grad_x, *rest = (g if need else None for g, need in zip(grads, needed))
-    backend.native().ffn_backward(
+    native_backward(
         None if grad_x is None else grad_x.view(-1, x.shape[-1]),
         *rest,
         as_matrix(grad),
@@ -166,6 +201,7 @@ ffn_backward = NativeOp(
     " Tensor gate, int activation, bool[] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
+    cuda=_backward_cuda,
 )
 _ffn = NativeOp(
     "ffn(Tensor x, Tensor up_weight, Tensor? up_bias, Tensor? gate_weight, Tensor down_weight, Tensor? down_bias,"
@@ -174,4 +210,5 @@ _ffn = NativeOp(
     _forward_fake,
     _setup_context,
     _gradient,
+    cuda=_forward_cuda,
 )

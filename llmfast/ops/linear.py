@@ -41,8 +41,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     check_floating("weight", weight)
     x, weight, bias = autocast(x, weight, bias)
     _check(x, weight, bias)
-    if x.device.type != "cpu":
-        backend.count_fallback("linear", f"no kernel for device {x.device.type}")
+    if x.device.type != "cpu" and (reason := backend.why_not_native(x.device)):
+        backend.count_fallback("linear", reason)
         return reference.linear(x, weight, bias)
     return _linear(x, weight, bias)
 
@@ -64,18 +64,51 @@ def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -
     return out
 
 
+def _forward_cuda(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    out, native = _forward_fake(x, weight, bias), backend.native_cuda()
+    N, K = weight.shape
+    if out.numel():
+        native.linear_forward(
+            out.view(-1, N),
+            as_matrix(x),
+            weight,
+            None if bias is None else bias.contiguous(),
+            _workspace(x, native.linear_workspace(out.numel() // N, N, K)),
+            backend.stream_of(x),
+        )
+    return out
+
+
+def _workspace(like: torch.Tensor, floats: int) -> torch.Tensor | None:
+    return like.new_empty(floats, dtype=torch.float32) if floats else None
+
+
 def _forward_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 def _backward(grad, x, weight, need_x: bool, need_weight: bool, need_bias: bool):
+    return _backward_with(backend.native().linear_backward, grad, x, weight, need_x, need_weight, need_bias)
+
+
+def _backward_cuda(grad, x, weight, need_x: bool, need_weight: bool, need_bias: bool):
+    native, (N, K) = backend.native_cuda(), weight.shape
+    floats = native.linear_backward_workspace(grad.numel() // max(1, N), N, K)
+
+    def run(*args):
+        native.linear_backward(*args, _workspace(x, floats), backend.stream_of(x))
+
+    return _backward_with(run, grad, x, weight, need_x, need_weight, need_bias)
+
+
+def _backward_with(native_backward, grad, x, weight, need_x: bool, need_weight: bool, need_bias: bool):
     grad_x, grad_weight, grad_bias = _backward_fake(grad, x, weight, need_x, need_weight, need_bias)
     N, K = weight.shape
     if x.numel() == 0 or N == 0:
         if need_bias:
             grad_bias = grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad.clone()
         return grad_x.zero_(), grad_weight.zero_(), grad_bias
-    backend.native().linear_backward(
+    native_backward(
         grad_x.view(-1, K) if need_x else None,
         grad_weight if need_weight else None,
         grad_bias if need_bias else None,
@@ -110,7 +143,13 @@ linear_backward = NativeOp(
     " -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
+    cuda=_backward_cuda,
 )
 _linear = NativeOp(
-    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _forward, _forward_fake, _setup_context, _gradient
+    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    _forward,
+    _forward_fake,
+    _setup_context,
+    _gradient,
+    cuda=_forward_cuda,
 )

@@ -45,7 +45,8 @@ def linear_cross_entropy(
 
     Raises:
         TypeError: a dtype is unsupported or differs. ValueError: a shape or device does not fit, or a target is out of
-        range (its position and value are named).
+        range (its position and value are named). On a GPU, whose targets the host does not see, such a target gives a
+        loss of NaN instead.
 
     Example:
         >>> loss = llmfast.linear_cross_entropy(hidden, model.head_weight, targets)
@@ -57,8 +58,8 @@ def linear_cross_entropy(
         raise ValueError(f"reduction: got {reduction!r}, expected mean, sum or none")
     x, weight = autocast(x, weight)
     _check(x, weight, target)
-    if x.device.type != "cpu":
-        backend.count_fallback("linear_cross_entropy", f"no kernel for device {x.device.type}")
+    if x.device.type != "cpu" and (reason := backend.why_not_native(x.device)):
+        backend.count_fallback("linear_cross_entropy", reason)
         return reference.linear_cross_entropy(x, weight, target, ignore_index=ignore_index, reduction=reduction)
     losses = _linear_cross_entropy(x, weight, target, ignore_index)[0]
     if reduction == "none":
@@ -82,7 +83,24 @@ def _forward(x, weight, target, ignore_index: int):
     losses, lse = _forward_fake(x, weight, target, ignore_index)
     if losses.numel():
         backend.native().linear_cross_entropy_forward(
-            losses.view(-1), lse, as_matrix(x), weight, target.reshape(-1), ignore_index
+            losses.view(-1), lse, as_matrix(x), weight, target.reshape(-1).contiguous(), ignore_index
+        )
+    return losses, lse
+
+
+def _forward_cuda(x, weight, target, ignore_index: int):
+    losses, lse = _forward_fake(x, weight, target, ignore_index)
+    if losses.numel():
+        native = backend.native_cuda()
+        native.linear_cross_entropy_forward(
+            losses.view(-1),
+            lse,
+            as_matrix(x),
+            weight,
+            target.reshape(-1).contiguous(),
+            ignore_index,
+            x.new_empty(native.linear_cross_entropy_workspace(losses.numel()), dtype=torch.float32),
+            backend.stream_of(x),
         )
     return losses, lse
 
@@ -92,16 +110,31 @@ def _forward_fake(x, weight, target, ignore_index: int):
 
 
 def _backward(grad, x, weight, target, lse, ignore_index: int, need_x: bool, need_weight: bool):
+    native = backend.native().linear_cross_entropy_backward
+    return _backward_with(native, grad, x, weight, target, lse, ignore_index, need_x, need_weight)
+
+
+def _backward_cuda(grad, x, weight, target, lse, ignore_index: int, need_x: bool, need_weight: bool):
+    native, (V, C) = backend.native_cuda(), weight.shape
+    floats = native.linear_cross_entropy_backward_workspace(target.numel(), C, V, x.element_size())
+
+    def run(*args):
+        native.linear_cross_entropy_backward(*args, x.new_empty(floats, dtype=torch.float32), backend.stream_of(x))
+
+    return _backward_with(run, grad, x, weight, target, lse, ignore_index, need_x, need_weight)
+
+
+def _backward_with(native_backward, grad, x, weight, target, lse, ignore_index: int, need_x: bool, need_weight: bool):
     grad_x, grad_weight = _backward_fake(grad, x, weight, target, lse, ignore_index, need_x, need_weight)
     if target.numel() == 0 or weight.numel() == 0:
         return grad_x.zero_(), grad_weight.zero_()
-    backend.native().linear_cross_entropy_backward(
+    native_backward(
         grad_x.view(-1, x.shape[-1]) if need_x else None,
         grad_weight if need_weight else None,
         grad.reshape(-1).contiguous(),
         as_matrix(x),
         weight,
-        target.reshape(-1),
+        target.reshape(-1).contiguous(),
         lse,
         ignore_index,
     )
@@ -134,6 +167,7 @@ linear_cross_entropy_backward = NativeOp(
     " bool need_x, bool need_weight) -> (Tensor, Tensor)",
     _backward,
     _backward_fake,
+    cuda=_backward_cuda,
 )
 _linear_cross_entropy = NativeOp(
     "linear_cross_entropy(Tensor x, Tensor weight, Tensor target, int ignore_index) -> (Tensor, Tensor)",
@@ -141,4 +175,5 @@ _linear_cross_entropy = NativeOp(
     _forward_fake,
     _setup_context,
     _gradient,
+    cuda=_forward_cuda,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from llmfast import backend, reference
-from llmfast.ops._native_op import NativeOp, check_floating
+from llmfast.ops._native_op import NativeOp, check_floating, dense
 
 __all__ = ["add_layer_norm", "add_rms_norm"]
 
@@ -46,8 +46,8 @@ def add_layer_norm(
         (torch.bfloat16, torch.float32)
     """
     _check(x, residual, weight, bias, out_dtype)
-    if x.device.type != "cpu":
-        backend.count_fallback("add_layer_norm", f"no kernel for device {x.device.type}")
+    if not x.is_cpu and (reason := backend.why_not_native(x.device)):
+        backend.count_fallback("add_layer_norm", reason)
         return reference.add_layer_norm(x, residual, weight, bias, eps, out_dtype=out_dtype)
     normed, summed, _, _ = _layer_norm(x, residual, weight, bias, eps, out_dtype)
     return normed, x if residual is None else summed
@@ -71,8 +71,8 @@ def add_rms_norm(
         >>> normed, stream = llmfast.add_rms_norm(x, stream, torch.ones(8))
     """
     _check(x, residual, weight, None, out_dtype)
-    if x.device.type != "cpu":
-        backend.count_fallback("add_rms_norm", f"no kernel for device {x.device.type}")
+    if not x.is_cpu and (reason := backend.why_not_native(x.device)):
+        backend.count_fallback("add_rms_norm", reason)
         return reference.add_rms_norm(x, residual, weight, eps, out_dtype=out_dtype)
     normed, summed, _ = _rms_norm(x, residual, weight, eps, out_dtype)
     return normed, x if residual is None else summed
@@ -105,7 +105,7 @@ def _rows(t: torch.Tensor | None) -> torch.Tensor | None:
         return None
     if t.dim() > 6:
         t = t.reshape(-1, t.shape[-1])
-    return t if t.stride(-1) == 1 else t.contiguous()
+    return t if t.stride(-1) == 1 else dense(t)
 
 
 def _layer_norm_outputs(x, residual, weight, bias, eps: float, out_dtype: torch.dtype | None):
@@ -125,6 +125,34 @@ def _layer_norm_forward(x, residual, weight, bias, eps: float, out_dtype: torch.
     summed = None if residual is None else _rows(summed)
     backend.native().norm_forward(_rows(normed), summed, mean, rstd, _rows(x), _rows(residual), weight, bias, eps, True)
     return outputs
+
+
+def _layer_norm_forward_cuda(x, residual, weight, bias, eps: float, out_dtype: torch.dtype | None):
+    outputs = normed, summed, mean, rstd = _layer_norm_outputs(x, residual, weight, bias, eps, out_dtype)
+    _forward_cuda(normed, summed, mean, rstd, x, residual, weight, bias, eps)
+    return outputs
+
+
+def _rms_norm_forward_cuda(x, residual, weight, eps: float, out_dtype: torch.dtype | None):
+    outputs = normed, summed, rstd = _rms_norm_outputs(x, residual, weight, eps, out_dtype)
+    _forward_cuda(normed, summed, None, rstd, x, residual, weight, None, eps)
+    return outputs
+
+
+def _forward_cuda(normed, summed, mean, rstd, x, residual, weight, bias, eps: float) -> None:
+    backend.native_cuda().norm_forward(
+        _rows(normed),
+        None if residual is None else _rows(summed),
+        mean,
+        rstd,
+        _rows(x),
+        _rows(residual),
+        _rows(weight),
+        _rows(bias),
+        eps,
+        mean is not None,
+        backend.stream_of(x),
+    )
 
 
 def _rms_norm_forward(x, residual, weight, eps: float, out_dtype: torch.dtype | None):
@@ -153,6 +181,33 @@ def _backward(grad_normed, grad_summed, summed, weight, mean, rstd, eps, need_to
         rstd,
         eps,
         mean is not None,
+    )
+    return grads
+
+
+def _backward_cuda(
+    grad_normed, grad_summed, summed, weight, mean, rstd, eps, need_total, x_dtype, need_weight, bias_dtype
+):
+    grads = grad_total, grad_x, grad_weight, grad_bias = _gradient_outputs(
+        grad_normed, grad_summed, summed, weight, mean, rstd, eps, need_total, x_dtype, need_weight, bias_dtype
+    )
+    native, C = backend.native_cuda(), max(1, summed.shape[-1])
+    floats = native.norm_backward_workspace(summed.numel() // C, C, need_weight + (bias_dtype is not None))
+    native.norm_backward(
+        _rows(grad_total) if need_total else None,
+        _rows(grad_x) if x_dtype is not None else None,
+        grad_weight if need_weight else None,
+        grad_bias if bias_dtype is not None else None,
+        _rows(grad_normed),
+        _rows(grad_summed),
+        _rows(summed),
+        _rows(weight),
+        mean,
+        rstd,
+        eps,
+        mean is not None,
+        summed.new_empty(floats, dtype=torch.float32),
+        backend.stream_of(summed),
     )
     return grads
 
@@ -236,6 +291,7 @@ _norm_backward = NativeOp(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _gradient_outputs,
+    cuda=_backward_cuda,
 )
 _layer_norm = NativeOp(
     "add_layer_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, ScalarType? out_dtype)"
@@ -244,6 +300,7 @@ _layer_norm = NativeOp(
     _layer_norm_outputs,
     _layer_norm_setup,
     _layer_norm_gradient,
+    cuda=_layer_norm_forward_cuda,
 )
 _rms_norm = NativeOp(
     "add_rms_norm(Tensor x, Tensor? residual, Tensor? weight, float eps, ScalarType? out_dtype)"
@@ -252,4 +309,5 @@ _rms_norm = NativeOp(
     _rms_norm_outputs,
     _rms_norm_setup,
     _rms_norm_gradient,
+    cuda=_rms_norm_forward_cuda,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from llmfast import backend, reference
-from llmfast.ops._native_op import NativeOp, check_dtype, check_floating, check_shape
+from llmfast.ops._native_op import NativeOp, check_dtype, check_floating, check_shape, dense
 
 __all__ = ["rotary", "rotary_tables"]
 
@@ -44,8 +44,8 @@ def rotary(
         >>> q, k = llmfast.rotary(torch.randn(1, 8, 16, 64), torch.randn(1, 2, 16, 64), cos, sin)
     """
     cos, sin = _check(q, k, cos, sin, rotary_dim)
-    if q.device.type != "cpu":
-        backend.count_fallback("rotary", f"no kernel for device {q.device.type}")
+    if not q.is_cpu and (reason := backend.why_not_native(q.device)):
+        backend.count_fallback("rotary", reason)
         return reference.rotary(q, k, cos, sin)
     return _rotary(q, k, cos, sin, False)
 
@@ -109,7 +109,13 @@ def _check(q, k, cos, sin, rotary_dim: int | None) -> tuple[torch.Tensor, torch.
 
 
 def _contiguous_rows(t: torch.Tensor) -> torch.Tensor:
-    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
+    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else dense(t)
+
+
+def _empty_like_rows(x: torch.Tensor) -> torch.Tensor:
+    """In x's layout, unless that has gaps or stride 0 and torch's replacement for it puts the heads apart."""
+    out = torch.empty_like(x)
+    return out if out.stride(-1) == 1 or out.shape[-1] <= 1 else x.new_empty(x.shape)
 
 
 def _forward(q, k, cos, sin, inverse: bool):
@@ -117,14 +123,25 @@ def _forward(q, k, cos, sin, inverse: bool):
     outputs = []
     for x in (q, k):
         x = _contiguous_rows(x)
-        out = torch.empty_like(x)
+        out = _empty_like_rows(x)
         backend.native().rotary(out, x, cos, sin, inverse)
         outputs.append(out)
     return tuple(outputs)
 
 
+def _forward_cuda(q, k, cos, sin, inverse: bool):
+    cos, sin = _contiguous_rows(cos), _contiguous_rows(sin)
+    outputs = []
+    for x in (q, k):
+        x = _contiguous_rows(x)
+        out = _empty_like_rows(x)
+        backend.native_cuda().rotary(out, x, cos, sin, inverse, backend.stream_of(x))
+        outputs.append(out)
+    return tuple(outputs)
+
+
 def _forward_fake(q, k, cos, sin, inverse):
-    return torch.empty_like(_contiguous_rows(q)), torch.empty_like(_contiguous_rows(k))
+    return _empty_like_rows(_contiguous_rows(q)), _empty_like_rows(_contiguous_rows(k))
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -155,4 +172,5 @@ _rotary = NativeOp(
     _forward_fake,
     _setup_context,
     _gradient,
+    cuda=_forward_cuda,
 )

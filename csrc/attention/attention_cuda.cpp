@@ -1,0 +1,55 @@
+#include "attention/attention_cuda.h"
+
+#include "attention/attention_checks.h"
+#include "gemm/gemm_cuda.h"
+
+namespace llmfast {
+namespace {
+
+constexpr DTypeSet k16Bit = kBF16 | kF16;
+
+const CudaTable<AttentionParams> kForward("attention",
+                                          {{Arch::sm80, k16Bit, nullptr, cuda::attention_forward_sm80},
+                                           {Arch::sm80, kF32, nullptr, cuda::attention_forward_fma_sm80}});
+const CudaTable<AttentionParams> kDecode("attention_decode",
+                                         {{Arch::sm80, k16Bit, nullptr, cuda::attention_decode_sm80},
+                                          {Arch::sm80, kF32, nullptr, cuda::attention_forward_fma_sm80}});
+const CudaTable<AttentionBackwardParams> kBackward("attention_backward",
+                                                   {{Arch::sm80, k16Bit, nullptr, cuda::attention_backward_sm80},
+                                                    {Arch::sm80, kF32, nullptr, cuda::attention_backward_fma_sm80}});
+
+void finish(AttentionParams& p, const AttentionArguments& a) {
+  require(p.D <= cuda::kMostHeadDim && p.Dv <= cuda::kMostHeadDim, "q, v: a head dim is above 256");
+  require_sizes_for_gpu({p.Tq, p.Tk});
+  p.workspace = a.workspace.as<float>();
+  if (!a.cu_seqlens_q.defined) return;
+  for (const TensorView* offsets : {&a.cu_seqlens_q, &a.cu_seqlens_k}) {
+    require_shape(*offsets, "cu_seqlens", {p.B + 1});
+    require_dtype(*offsets, "cu_seqlens", DType::i64);
+    require_contiguous(*offsets, "cu_seqlens");
+  }
+  p.first_q = a.cu_seqlens_q.as<const int64_t>();
+  p.first_k = a.cu_seqlens_k.as<const int64_t>();
+}
+
+}  // namespace
+
+void attention_forward(const AttentionArguments& arguments, const Stream& stream) {
+  AttentionParams p = checked_attention(arguments);
+  finish(p, arguments);
+  if (p.B == 0 || p.Hq == 0 || p.Tq == 0) return;
+  const bool few = !p.first_q && p.Tq * (p.Hq / p.Hkv) <= cuda::kTileDecodeRows;
+  if (few) require_workspace(arguments.workspace, cuda::attention_workspace(p.B, p.Hq, p.Hkv, p.Tq, p.Tk, p.Dv));
+  (few ? kDecode : kForward)(p.q.dtype, p, stream);
+}
+
+void attention_backward(const AttentionArguments& arguments, const AttentionGradients& gradients,
+                        const Stream& stream) {
+  AttentionBackwardParams p = checked_attention(arguments, gradients);
+  finish(p, arguments);
+  if (p.B == 0 || p.Hq == 0) return;
+  require_workspace(arguments.workspace, cuda::attention_backward_workspace((p.first_q ? 1 : p.B) * p.Hq * p.Tq));
+  kBackward(p.q.dtype, p, stream);
+}
+
+}  // namespace llmfast

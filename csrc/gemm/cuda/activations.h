@@ -1,0 +1,66 @@
+// The FFN nonlinearities and their slopes in float32, by name at run time: the choice is made once for eight columns.
+// The formulas are those of simd/activations.h.
+#pragma once
+#include "ptx/cuda.h"
+#include "ptx/math.h"
+
+namespace llmfast {
+enum class Activation : int { gelu, gelu_tanh, relu, relu2, silu };
+}
+
+namespace llmfast::cuda {
+
+struct ValueAndSlope {
+  float value, slope;
+};
+
+__device__ inline float sigmoid(float x) { return 1.0f / (1.0f + exp2_approx(-1.44269504f * x)); }
+
+struct Gelu {
+  __device__ static ValueAndSlope both_of(float x) {
+    const float phi = fmaf(erff(x * 0.70710678f), 0.5f, 0.5f);
+    const float density = 0.39894228f * exp2_approx(x * x * (-0.5f * 1.44269504f));
+    return {x * phi, fmaf(x, density, phi)};
+  }
+};
+
+// x/2 (1 + tanh u) = x sigmoid(2u),  u = sqrt(2/pi) (x + 0.044715 x^3)
+struct GeluTanh {
+  __device__ static ValueAndSlope both_of(float x) {
+    constexpr float kTwoC = 1.5957691216f, kCubic = 0.044715f;
+    const float s = sigmoid(x * fmaf(x * x, kCubic * kTwoC, kTwoC));
+    const float two_u_slope = fmaf(x * x, 3 * kCubic * kTwoC, kTwoC);
+    return {x * s, fmaf(x * two_u_slope, fmaf(-s, s, s), s)};
+  }
+};
+
+struct Relu {
+  __device__ static ValueAndSlope both_of(float x) { return {x < 0.0f ? 0.0f : x, x > 0.0f ? 1.0f : 0.0f}; }  // keeps NaN
+};
+
+struct Relu2 {
+  __device__ static ValueAndSlope both_of(float x) {
+    const float r = Relu::both_of(x).value;
+    return {r * r, r + r};
+  }
+};
+
+struct Silu {
+  __device__ static ValueAndSlope both_of(float x) {
+    const float s = sigmoid(x);
+    return {x * s, fmaf(x, fmaf(-s, s, s), s)};
+  }
+};
+
+template <class Body>
+__device__ inline void visit_activation(Activation activation, const Body& body) {
+  switch (activation) {
+    case Activation::gelu: return body(Gelu{});
+    case Activation::gelu_tanh: return body(GeluTanh{});
+    case Activation::relu: return body(Relu{});
+    case Activation::relu2: return body(Relu2{});
+    case Activation::silu: return body(Silu{});
+  }
+}
+
+}  // namespace llmfast::cuda

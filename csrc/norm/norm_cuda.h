@@ -1,0 +1,29 @@
+// add_layer_norm and add_rms_norm on a GPU: the kernels' entry points, and the scratch that backward needs. weight and
+// bias are contiguous; at most 2^31 - 1 rows of at most 2^31 - 9 columns.
+#pragma once
+#include "core/cuda_dispatch.h"
+#include "norm/norm.h"
+
+namespace llmfast {
+
+// Floats of workspace for weight gradients: a row of partial sums for each block and each wanted gradient.
+int64_t norm_backward_workspace(int64_t M, int64_t C, int gradients);
+
+void norm_forward(const NormParams& params, const Stream& stream);
+void norm_backward(const NormBackwardParams& params, const Stream& stream);
+
+namespace cuda {
+
+// How norm_backward splits its work: a function of the shape alone, so that results do not depend on the device.
+struct NormBackwardPlan {
+  int groups;   // of eight columns that a thread holds; 0: as many as it takes, in global memory
+  int threads;  // of a block
+  int blocks;   // block b has rows b, b + blocks, ...
+};
+NormBackwardPlan norm_backward_plan(int64_t M, int64_t C);
+
+void norm_forward_sm80(const NormParams& params, const Stream& stream);
+void norm_backward_sm80(const NormBackwardParams& params, const Stream& stream);
+
+}  // namespace cuda
+}  // namespace llmfast

@@ -1,0 +1,60 @@
+"""The CUDA kernels without a GPU: `_cuda` built on emulated threads (csrc/ptx/emulated), whose functions take CPU tensors.
+
+Test files import the fixture `cuda`: the device on which a test makes its tensors, "cpu" under the emulation and "cuda"
+where there is a GPU. While it is active, ops with a CUDA implementation run it.
+"""
+
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from llmfast import backend
+from llmfast.ops import _native_op
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@functools.cache
+def emulated_module() -> ModuleType:
+    """Builds it into the build folder (seconds when nothing changed) and loads it."""
+    if not (ROOT / "setup.py").exists():
+        pytest.skip("the emulated CUDA module is built from a checkout")
+    build = Path(os.environ.get("LLMFAST_BUILD_DIR") or ROOT / "build").resolve() / "emulated-cuda"
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(build), "--build-temp", str(build)]
+    environment = {**os.environ, "LLMFAST_EMULATE_CUDA": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+    path = build / "llmfast" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    spec = importlib.util.spec_from_file_location("llmfast._cuda", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(params=["emulated", "cuda"])
+def cuda(request, monkeypatch) -> str:
+    if request.param == "cuda":
+        if not torch.cuda.is_available() or backend.native_cuda() is None:
+            pytest.skip("no CUDA device, or llmfast was built without CUDA")
+        return "cuda"
+    module = emulated_module()
+    monkeypatch.setattr(backend, "native_cuda", lambda: module)
+    for op in _native_op.NativeOp.all:
+        if op.cuda is not None:
+            monkeypatch.setattr(op, "run", op.cuda)
+    return "cpu"
+
+
+@pytest.fixture(params=["forward", "reverse", "1"])
+def thread_order(request, monkeypatch) -> str:
+    """Runs a test once for each order in which the emulation may take a block's threads."""
+    monkeypatch.setenv("LLMFAST_EMULATE_ORDER", request.param)
+    return request.param

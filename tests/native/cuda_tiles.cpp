@@ -1,0 +1,190 @@
+// Brute-force checks of the index arithmetic that the CUDA kernels share with the host: swizzles, fragment maps, tile
+// order, depth parts, bands and packed tiles. Prints nothing and returns 0 if all hold.
+#include <cstdio>
+#include <cstdlib>
+#include <set>
+#include <tuple>
+#include <vector>
+
+#include "attention/cuda/tiles.h"
+#include "gemm/cuda/schedule.h"
+#include "gemm/cuda/shared_tile.h"
+
+using namespace llmfast;
+using namespace llmfast::cuda;
+
+#define CHECK(condition)                                             \
+  do {                                                               \
+    if (!(condition)) {                                              \
+      std::printf("line %d: %s\n", __LINE__, #condition);            \
+      std::exit(1);                                                  \
+    }                                                                \
+  } while (false)
+
+// Every chunk has its own place, inside the tile; eight neighbouring rows of one chunk column, and the chunks that a
+// quarter of a warp copies, lie in eight different bank groups of 16 bytes.
+template <int kCols>
+void check_swizzle() {
+  constexpr int kRows = 64, kChunks = kCols / kChunk;
+  std::set<int> places;
+  for (int row = 0; row < kRows; ++row)
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      const int at = chunk_offset<kCols>(row, chunk);
+      CHECK(at % 16 == 0 && at >= 0 && at < kRows * kCols * 2);
+      CHECK(places.insert(at).second);
+    }
+  for (int row = 0; row < kRows; row += 8)
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      std::set<int> groups;
+      for (int i = 0; i < 8; ++i) groups.insert(chunk_offset<kCols>(row + i, chunk) / 16 % 8);
+      CHECK(groups.size() == 8);
+    }
+  for (int first = 0; first < kRows * kChunks; first += 8) {
+    std::set<int> groups;
+    for (int i = first; i < first + 8; ++i) groups.insert(chunk_offset<kCols>(i / kChunks, i % kChunks) / 16 % 8);
+    CHECK(groups.size() == 8);
+  }
+}
+
+// ldmatrix and mma as PTX defines them, on a tile whose element (r, c) is 256 r + c.
+void check_fragments() {
+  const auto element = [](int row, int col) { return 256 * row + col; };
+  for (const Major major : {Major::k, Major::mn})
+    for (const bool is_a : {true, false}) {
+      // r[matrix][half] of a lane: the elements that its registers hold
+      for (int lane = 0; lane < 32; ++lane)
+        for (int matrix = 0; matrix < 4; ++matrix)
+          for (int half = 0; half < 2; ++half) {
+            const bool transposed = major == Major::mn;
+            const int in_row = transposed ? 2 * (lane % 4) + half : lane / 4;
+            const int in_col = transposed ? lane / 4 : 2 * (lane % 4) + half;
+            const int named_by = 8 * matrix + in_row;
+            const LaneRow at = is_a ? lane_row_a(major, named_by) : lane_row_b(major, named_by);
+            const int got = element(at.row, at.chunk * 8 + in_col);
+            // what mma wants there, as (mn, k)
+            const int k = 2 * (lane % 4) + half + 8 * (is_a ? matrix / 2 : matrix % 2);
+            const int mn = lane / 4 + 8 * (is_a ? matrix % 2 : matrix / 2);
+            CHECK(got == (major == Major::k ? element(mn, k) : element(k, mn)));
+          }
+    }
+  std::set<std::tuple<int, int>> covered;
+  for (int lane = 0; lane < 32; ++lane)
+    for (int i = 0; i < 4; ++i) covered.insert({accumulator_row(lane, i), accumulator_col(lane, i)});
+  CHECK(covered.size() == 16 * 8);
+  // Two accumulators, side by side, are the A fragment of their 16 columns: register r holds elements 2 (r % 2) and the
+  // next of accumulator r / 2.
+  for (int lane = 0; lane < 32; ++lane)
+    for (int r = 0; r < 4; ++r)
+      for (int half = 0; half < 2; ++half) {
+        const int i = 2 * (r % 2) + half;
+        CHECK(accumulator_row(lane, i) == lane / 4 + 8 * (r % 2));
+        CHECK(accumulator_col(lane, i) + 8 * (r / 2) == 2 * (lane % 4) + half + 8 * (r / 2));
+      }
+}
+
+void check_schedule() {
+  for (const int64_t tiles_m : {1, 2, 7, 8, 9, 16, 19})
+    for (const int64_t tiles_n : {1, 3, 8, 11}) {
+      std::set<std::tuple<int64_t, int64_t>> seen;
+      for (int64_t i = 0; i < tiles_m * tiles_n; ++i) {
+        const TileIndex tile = tile_of(i, tiles_m, tiles_n);
+        CHECK(tile.m >= 0 && tile.m < tiles_m && tile.n >= 0 && tile.n < tiles_n);
+        CHECK(seen.insert({tile.m, tile.n}).second);
+      }
+    }
+  for (const int64_t M : {1, 64, 700, 4096})
+    for (const int64_t N : {1, 65, 3072})
+      for (const int64_t K : {0, 1, 512, 1023, 1024, 16384}) {
+        const GemmShape shape{M, N, K};
+        const int64_t parts = depth_parts(shape), depth = part_depth(K, parts);
+        CHECK(parts >= 1 && parts * depth >= K && depth % 64 == 0);
+        CHECK(parts == 1 || depth >= kLeastDepth);
+        CHECK(parts_workspace(shape) == (parts > 1 ? parts * M * N : 0));
+      }
+}
+
+void check_band(int Tq, int Tk, int64_t left, int64_t right) {
+  const Band band{Tq, Tk, left, right}, transposed = band.transposed();
+  const auto sees = [&](int query, int key) {
+    const int64_t diagonal = int64_t{query} + Tk - Tq;
+    return key >= diagonal - left && key <= diagonal + right;
+  };
+  for (int query = 0; query < Tq; ++query)
+    for (int key = 0; key < Tk; ++key) {
+      CHECK(band.keys_of(query).has(key) == sees(query, key));
+      CHECK(transposed.keys_of(key).has(query) == sees(query, key));
+    }
+  for (int first = 0; first < Tq; first += 3)
+    for (int end = first + 1; end <= Tq; end += 4) {
+      const Span any = band.seen_by_any(first, end), all = band.seen_by_all(first, end);
+      for (int key = 0; key < Tk; ++key) {
+        bool some = false, every = true;
+        for (int query = first; query < end; ++query) {
+          some |= sees(query, key);
+          every &= sees(query, key);
+        }
+        CHECK(!some || any.has(key));
+        CHECK(all.has(key) == every);
+      }
+    }
+}
+
+// Packed tiles: each token of each sequence in exactly one tile, whatever the lengths.
+void check_packed(const std::vector<int64_t>& lengths, int rows) {
+  std::vector<int64_t> first = {0};
+  for (const int64_t length : lengths) first.push_back(first.back() + length);
+  const int64_t B = static_cast<int64_t>(lengths.size()), total = first.back();
+  std::vector<int> covered(total, 0);
+  for (int64_t i = 0; i < tile_count(B, total, true, rows); ++i) {
+    const TokenTile tile = token_tile(i, B, total, first.data(), rows);
+    CHECK(tile.sequence >= 0 && tile.sequence < B && tile.first >= 0);
+    for (int64_t t = tile.first; t < tile.first + rows && t < lengths[tile.sequence]; ++t)
+      ++covered[first[tile.sequence] + t];
+  }
+  for (const int count : covered) CHECK(count == 1);
+}
+
+// Offsets that make no sense must lead to no token outside the tensors.
+void check_wrong_offsets() {
+  AttentionParams p = {};
+  p.Tq = 10, p.Tk = 20, p.B = 4;
+  const int64_t q[] = {-5, 7, 3, 1000, int64_t{1} << 60}, k[] = {0, 50, -50, 20, 10};
+  p.first_q = q;
+  p.first_k = k;
+  for (int64_t s = 0; s < 4; ++s) {
+    const Sequence sequence = sequence_of(p, s);
+    CHECK(sequence.Tq >= 0 && sequence.first_q >= 0 && sequence.first_q + sequence.Tq <= p.Tq);
+    CHECK(sequence.Tk >= 0 && sequence.first_k >= 0 && sequence.first_k + sequence.Tk <= p.Tk);
+  }
+  for (int64_t i = 0; i < tile_count(p.B, p.Tq, true, 4); ++i) {
+    const TokenTile tile = token_tile(i, p.B, p.Tq, q, 4);
+    CHECK(tile.sequence >= 0 && tile.sequence < p.B);
+  }
+}
+
+int main() {
+  check_swizzle<32>();
+  check_swizzle<64>();
+  check_swizzle<128>();
+  check_swizzle<256>();
+  check_fragments();
+  check_schedule();
+  const int64_t distances[] = {-40, -3, 0, 2, 9, kUnbounded};
+  for (const int Tq : {1, 13, 20})
+    for (const int Tk : {1, 13, 30})
+      for (const int64_t left : distances)
+        for (const int64_t right : distances) check_band(Tq, Tk, left, right);
+  for (const int rows : {4, 16, 64}) {
+    check_packed({5, 0, 70, 1}, rows);
+    check_packed({0, 0, 3}, rows);
+    check_packed({64, 64, 1, 63, 128}, rows);
+    check_packed({1, 1, 1, 1, 1, 1, 1, 1}, rows);
+  }
+  std::set<std::tuple<int64_t, int>> dense;  // dense tiles: each once, the last of a sequence first
+  for (int64_t i = 0; i < tile_count(3, 70, false, 16); ++i) {
+    const TokenTile tile = token_tile(i, 3, 70, nullptr, 16);
+    CHECK(dense.insert({tile.sequence, tile.first}).second && tile.first < 70 && tile.first % 16 == 0);
+  }
+  CHECK(dense.size() == 15 && token_tile(0, 3, 70, nullptr, 16).first == 64);
+  check_wrong_offsets();
+}
