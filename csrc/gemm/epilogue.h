@@ -54,6 +54,19 @@ struct StoreEpilogue {
   }
 };
 
+// C itself, where an epilogue does no more than store float32; nullptr elsewhere.
+struct PlainOutput {
+  float* c = nullptr;
+  int64_t ldc = 0;
+};
+template <class Epilogue>
+PlainOutput plain_output(const Epilogue&) {
+  return {};
+}
+inline PlainOutput plain_output(const StoreEpilogue<float>& epilogue) {
+  return epilogue.bias ? PlainOutput{} : PlainOutput{epilogue.c, epilogue.ldc};
+}
+
 // C = acc + addend, rounded to T: the second of two products with one sum.
 template <class T>
 struct AddStoreEpilogue {

@@ -5,7 +5,8 @@
 namespace llmfast {
 
 inline void require_sizes_for_gpu(std::initializer_list<int64_t> sizes) {
-  for (const int64_t size : sizes) require(size <= 0x7fff0000, "a tensor has too many rows or columns for a GPU kernel");
+  for (const int64_t size : sizes)
+    require(size <= 0x7fff0000, "a tensor has too many rows or columns for a GPU kernel");
 }
 
 inline void require_workspace(const TensorView& workspace, int64_t floats) {

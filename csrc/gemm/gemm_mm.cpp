@@ -87,6 +87,11 @@ void gemm_rectangle(MatrixRef a, const Kernel::Packed* packed_b, int64_t K, Rang
   tiles += 2 * kTile;
   int flip = 0;
   PendingTile pending;
+  const PlainOutput plain = epilogue.plain();
+  // Rows of A that few column panels read are not worth packing where the kernel can do without.
+  constexpr int64_t kFewPanels = 32;
+  const bool takes_rows = Kernel::kTakesRows && a.dtype == DType::f32 && a.col_stride == 1;
+  const auto* unpacked = takes_rows && cols.end - cols.begin <= kFewPanels * N ? static_cast<const float*>(a.data) : nullptr;
 
   for (int64_t m0 = rows.begin; m0 < rows.end; m0 += blocking.rows) {
     const int64_t m_count = rows.end - m0 < blocking.rows ? rows.end - m0 : blocking.rows;
@@ -95,7 +100,9 @@ void gemm_rectangle(MatrixRef a, const Kernel::Packed* packed_b, int64_t K, Rang
       const int64_t depth = padded_depth(K - k0 < blocking.depth ? K - k0 : blocking.depth);
       for (int64_t p = 0; p < depth; p += blocking.sub_depth) {
         const int64_t sub = depth - p < blocking.sub_depth ? depth - p : blocking.sub_depth;
-        pack_a_panels(packed_a + p * m_panels * R, a.offset(m0, k0 + p), m_count, K - k0 - p < sub ? K - k0 - p : sub);
+        const int64_t from = unpacked ? m_count / R * R : 0;  // rows that the kernel takes as they are
+        pack_a_panels(packed_a + (p * m_panels * R + from * sub), a.offset(m0 + from, k0 + p), m_count - from,
+                      K - k0 - p < sub ? K - k0 - p : sub);
       }
       for (int64_t n = cols.begin; n < cols.end; n += N) {
         const int64_t n_count = cols.end - n < N ? cols.end - n : N;
@@ -110,11 +117,15 @@ void gemm_rectangle(MatrixRef a, const Kernel::Packed* packed_b, int64_t K, Rang
           const int64_t next_share = (sub * N + m_panels - 1) / m_panels;
           for (int64_t i = 0; i < m_panels; ++i) {
             float* tile = column_tiles + i * kTile;
-            float* out = last ? scratch[flip] : tile;
-            Kernel::multiply(packed_a + p * m_panels * R + i * R * sub, b, sub, first ? nullptr : tile, out,
-                             next_b + i * next_share, next_share, pending);
-            if (last) {
-              const int64_t valid_rows = m_count - i * R < R ? m_count - i * R : R;
+            const int64_t valid_rows = m_count - i * R < R ? m_count - i * R : R;
+            const bool whole = valid_rows == R && n_count == N;
+            const bool into_c = Kernel::kStoresRows && plain.c && last && whole;
+            float* out = into_c ? plain.c + (m0 + i * R) * plain.ldc + n : last ? scratch[flip] : tile;
+            Kernel::LeftPanel left = {packed_a + p * m_panels * R + i * R * sub, nullptr, 0};
+            if (unpacked && valid_rows == R) left = {nullptr, unpacked + (m0 + i * R) * a.row_stride + k0 + p, a.row_stride};
+            Kernel::multiply(left, b, sub, first ? nullptr : tile, out, into_c ? plain.ldc : N, next_b + i * next_share,
+                             next_share, pending);
+            if (last && !into_c) {
               pending = {&epilogue, out, m0 + i * R, n, n_count, 0, static_cast<int>(valid_rows)};
               flip ^= 1;
             }

@@ -2,6 +2,8 @@
 //
 //   Packed                       element type of packed panels
 //   kRows, kCols, kDepth         tile of C; depth is padded to a multiple of kDepth
+//   LeftPanel                    kRows rows of A: packed, or (kTakesRows) as float32 rows of A itself
+//   kStoresRows                  whether multiply's output may be rows of C itself
 //   kDepthInL1                   kc: depth of a B sub-panel that stays in L1
 //   kBlockBytes                  how much packed A may occupy in L2
 //   supports(dtype)              operand dtypes it multiplies
@@ -9,10 +11,11 @@
 //   pack_a(dst, a, rows, depth)  one row panel: `rows` <= kRows of A, zero-padded to kRows x padded depth
 //   pack_b(dst, b, cols, depth)  one column panel, likewise; both are kRows (kCols) * padded depth elements, depth-major
 //                                in steps of kDepth, so a sub-panel starts at depth * kCols
-//   multiply(a, b, depth, c_in, c_out, next_b, next_count, pending)
-//                                c_out = (c_in or 0) + a * b; tiles are row-major kRows x kCols. May finish `pending`, the
-//                                previous tile's epilogue, between its own steps; must before returning.
-//                                next_b, next_count: this call's share of the B sub-panel that comes next, to prefetch.
+//   multiply(left, b, depth, c_in, c_out, ldc, next_b, next_count, pending)
+//                                c_out = (c_in or 0) + left * b; c_in is a row-major tile kRows x kCols, c_out one with rows
+//                                ldc apart. May finish `pending`, the previous tile's epilogue, between its own steps; must
+//                                before returning. next_b, next_count: this call's share of the B sub-panel that comes
+//                                next, to prefetch.
 #pragma once
 
 #if defined(LLMFAST_TARGET_AMX)

@@ -17,6 +17,7 @@ struct Kernel {
   static constexpr int kRows = 2 * kTileRows;
   static constexpr int kCols = 2 * kTileRows;
   static constexpr int kDepth = 32;
+  static constexpr bool kTakesRows = false, kStoresRows = true;
   static constexpr int64_t kDepthInL1 = 512;
   static constexpr int64_t kBlockBytes = 1100 << 10;
   static_assert(kRows == kBlock && kCols == kBlock && kDepth == kBlock);
@@ -24,6 +25,12 @@ struct Kernel {
   static bool supports(DType dtype) { return dtype == DType::bf16; }
 
   using ThreadState = TileConfig;
+
+  struct LeftPanel {
+    const bf16* packed;
+    const float* rows;  // not taken
+    int64_t ld;
+  };
 
   static void pack_a(bf16* dst, MatrixRef a, int64_t rows, int64_t depth) {
     for (int64_t k = 0; k < depth; k += kDepth, dst += kBlockElements) {
@@ -54,8 +61,9 @@ struct Kernel {
   }
 
   template <class Pending>
-  static void multiply(const bf16* a, const bf16* b, int64_t depth, const float* c_in, float* c_out, const bf16* next_b,
-                       int64_t next_count, Pending& pending) {
+  static void multiply(LeftPanel left, const bf16* b, int64_t depth, const float* c_in, float* c_out, int64_t ldc,
+                       const bf16* next_b, int64_t next_count, Pending& pending) {
+    const bf16* a = left.packed;
     const int64_t steps = depth / kDepth;
     const int epilogue_rows = static_cast<int>((pending.left() + steps - 1) / steps);
     const char* ahead = reinterpret_cast<const char*>(next_b);
@@ -78,7 +86,7 @@ struct Kernel {
       b += kBlockElements;
     }
     pending.finish();
-    store_sums(c_out);
+    store_sums(c_out, ldc);
   }
 
  private:
@@ -101,11 +109,13 @@ struct Kernel {
     tile_stream_load<kSum + 3>(c + kLowerSums + kTileRows, kSumStride);
   }
 
-  static void store_sums(float* c) {
-    tile_store<kSum>(c, kSumStride);
-    tile_store<kSum + 1>(c + kTileRows, kSumStride);
-    tile_store<kSum + 2>(c + kLowerSums, kSumStride);
-    tile_store<kSum + 3>(c + kLowerSums + kTileRows, kSumStride);
+  static void store_sums(float* c, int64_t ldc) {
+    const int64_t stride = ldc * int64_t{sizeof(float)};
+    float* lower = c + kTileRows * ldc;
+    tile_store<kSum>(c, stride);
+    tile_store<kSum + 1>(c + kTileRows, stride);
+    tile_store<kSum + 2>(lower, stride);
+    tile_store<kSum + 3>(lower + kTileRows, stride);
   }
 
   // For matrices with no unit stride: block[lane][k] of `lanes` x `depth` values, zero beyond.

@@ -18,7 +18,11 @@ void pack_panel(float* dst, const T* src, int64_t lane_stride, int64_t depth_str
       float* out = dst + k * kWidth;
       int lane = 0;
       for (; lane + kL <= kWidth; lane += kL) Vec::load(row + lane).store(out + lane);
-      for (; lane < kWidth; ++lane) out[lane] = to_float(row[lane]);
+      // The lanes beyond are there to be read as long as another row follows.
+      constexpr int kRest = kWidth % kL;
+      if (kRest == 0) continue;
+      const bool whole = k + 1 < depth && depth_stride >= kL;
+      (whole ? Vec::load(row + lane) : Vec::load_n(row + lane, kRest)).store_n(out + lane, kRest);
     }
     return;
   }
@@ -60,6 +64,7 @@ struct Kernel {
   static constexpr int kRows = Vec::kRegisters == 32 ? 14 : 6;
   static constexpr int kCols = kVecs * Vec::kLanes;
   static constexpr int kDepth = 1;
+  static constexpr bool kTakesRows = true, kStoresRows = true;
   static constexpr int64_t kDepthInL1 = 256;
   static constexpr int64_t kBlockBytes = Vec::kRegisters == 32 ? 640 << 10 : 256 << 10;
   static_assert(kRows * kVecs + kVecs + 1 <= Vec::kRegisters);
@@ -67,6 +72,12 @@ struct Kernel {
   static bool supports(DType) { return true; }
 
   struct ThreadState {};
+
+  struct LeftPanel {
+    const float* packed;
+    const float* rows;  // if not nullptr: kRows rows of A itself, ld apart
+    int64_t ld;
+  };
 
   static void pack_a(float* dst, MatrixRef a, int64_t rows, int64_t depth) {
     pack_panel<kRows>(dst, a, a.row_stride, a.col_stride, rows, depth);
@@ -76,17 +87,35 @@ struct Kernel {
   }
 
   template <class Pending>
-  static void multiply(const float* a, const float* b, int64_t depth, const float* c_in, float* c_out, const float*,
-                       int64_t, Pending& pending) {
+  static void multiply(LeftPanel a, const float* b, int64_t depth, const float* c_in, float* c_out, int64_t ldc,
+                       const float*, int64_t, Pending& pending) {
     pending.finish();
-    multiply_tile(a, b, depth, c_in, c_out);
+    if (a.rows) {
+      multiply_tile(RowSteps{a.rows, a.ld}, b, depth, c_in, c_out, ldc);
+    } else {
+      multiply_tile(PackedSteps{a.packed}, b, depth, c_in, c_out, ldc);
+    }
   }
 
  private:
+  // Where the kRows values of one step of depth lie.
+  struct PackedSteps {
+    const float* a;
+    float at(int r) const { return a[r]; }
+    void advance() { a += kRows; }
+  };
+  struct RowSteps {
+    const float* a;
+    int64_t ld;
+    float at(int r) const { return a[r * ld]; }
+    void advance() { ++a; }
+  };
+
   // Sums start at zero for each sub-panel and are added to c_in at the end: blocked summation, whose rounding error is
   // that of a chain of kDepthInL1 terms instead of K. Kept out of line: inlined beside an epilogue, gcc spills acc.
-  __attribute__((noinline)) static void multiply_tile(const float* a, const float* b, int64_t depth, const float* c_in,
-                                                      float* c_out) {
+  template <class A>
+  __attribute__((noinline)) static void multiply_tile(A a, const float* b, int64_t depth, const float* c_in, float* c_out,
+                                                      int64_t ldc) {
     Vec acc[kRows][kVecs];
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) acc[r][0] = acc[r][1] = Vec::zero();
@@ -95,19 +124,19 @@ struct Kernel {
       const Vec b0 = Vec::load(b), b1 = Vec::load(b + Vec::kLanes);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-        const Vec broadcast = Vec::set(a[r]);
+        const Vec broadcast = Vec::set(a.at(r));
         acc[r][0] = fma(broadcast, b0, acc[r][0]);
         acc[r][1] = fma(broadcast, b1, acc[r][1]);
       }
-      a += kRows;
+      a.advance();
       b += kCols;
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
       for (int v = 0; v < kVecs; ++v) {
-        const int64_t i = r * kCols + v * Vec::kLanes;
-        (c_in ? acc[r][v] + Vec::load(c_in + i) : acc[r][v]).store(c_out + i);
+        const Vec sum = c_in ? acc[r][v] + Vec::load(c_in + r * kCols + v * Vec::kLanes) : acc[r][v];
+        sum.store(c_out + r * ldc + v * Vec::kLanes);
       }
   }
 };

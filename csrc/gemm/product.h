@@ -13,12 +13,16 @@ namespace llmfast::LLMFAST_TARGET {
 class EpilogueRef {
  public:
   template <class Epilogue>
-  EpilogueRef(const Epilogue& epilogue) : self_(&epilogue), rows_(&call<Epilogue>) {}  // implicit, as a function_ref
+  EpilogueRef(const Epilogue& epilogue)  // implicit, as a function_ref
+      : self_(&epilogue), rows_(&call<Epilogue>), plain_(plain_output(epilogue)) {}
 
   // Rows [m, m + rows) and columns [n, n + cols) of C, from acc with kCols values a row.
   void operator()(const float* acc, int64_t m, int64_t n, int64_t rows, int64_t cols) const {
     rows_(self_, acc, m, n, rows, cols);
   }
+
+  // Where finished float32 values may be stored as they are, if that is all the epilogue does.
+  const PlainOutput& plain() const { return plain_; }
 
  private:
   template <class Epilogue>
@@ -29,6 +33,7 @@ class EpilogueRef {
 
   const void* self_;
   void (*rows_)(const void* self, const float* acc, int64_t m, int64_t n, int64_t rows, int64_t cols);
+  PlainOutput plain_;
 };
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }

@@ -18,8 +18,9 @@ struct Gelu {
   static Vec value(Vec x) { return both_of(x).value; }
   static ValueAndSlope both_of(Vec x) {
     const Vec half = Vec::set(0.5f);
-    const Vec phi = fma(half, erf(x * Vec::set(0.70710678f)), half);
-    const Vec density = Vec::set(0.39894228f) * exp(x * x * Vec::set(-0.5f));
+    const Vec bell = exp(x * x * Vec::set(-0.5f));  // for the distribution and for its density
+    const Vec phi = fma(half, erf(x * Vec::set(0.70710678f), bell), half);
+    const Vec density = Vec::set(0.39894228f) * bell;
     return {x * phi, fma(x, density, phi)};
   }
 };

@@ -35,7 +35,22 @@ struct Vec {
   void store(fp16* p) const {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
-  void store_n(float* p, int64_t n) const { _mm256_maskstore_ps(p, first_lanes(n), v); }
+  // In pieces of four, two and one lanes: a masked store takes some 40 micro-operations on Zen.
+  void store_n(float* p, int64_t n) const {
+    if (n >= kLanes) return store(p);
+    __m128 part = _mm256_castps256_ps128(v);
+    if (n & 4) {
+      _mm_storeu_ps(p, part);
+      part = _mm256_extractf128_ps(v, 1);
+      p += 4;
+    }
+    if (n & 2) {
+      _mm_storel_pi(reinterpret_cast<__m64*>(p), part);
+      part = _mm_movehl_ps(part, part);
+      p += 2;
+    }
+    if (n & 1) _mm_store_ss(p, part);
+  }
   template <class Half>
   void store_n(Half* p, int64_t n) const {
     Half lanes[kLanes];

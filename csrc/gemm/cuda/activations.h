@@ -35,7 +35,8 @@ struct GeluTanh {
 };
 
 struct Relu {
-  __device__ static ValueAndSlope both_of(float x) { return {x < 0.0f ? 0.0f : x, x > 0.0f ? 1.0f : 0.0f}; }  // keeps NaN
+  // A value of NaN stays.
+  __device__ static ValueAndSlope both_of(float x) { return {x < 0.0f ? 0.0f : x, x > 0.0f ? 1.0f : 0.0f}; }
 };
 
 struct Relu2 {

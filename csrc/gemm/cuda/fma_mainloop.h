@@ -1,7 +1,7 @@
 // The float32 product of one 64x128 tile of C by fused multiply-adds, accurate to float32: 256 threads, each 4 rows by
-// 8 neighbouring columns (8 by 8 spills at two blocks a multiprocessor). Depth goes 8 at a time through two shared-memory
-// buffers, [k][mn], the next 8 waiting in registers. Any strides; the side with stride 1 is walked by neighbouring
-// threads.
+// 8 neighbouring columns (8 by 8 spills at two blocks a multiprocessor). Depth goes 8 at a time through two
+// shared-memory buffers, [k][mn], the next 8 waiting in registers. Any strides; the side with stride 1 is walked by
+// neighbouring threads.
 #pragma once
 #include "gemm/cuda/operand.h"
 
@@ -84,7 +84,7 @@ __device__ inline void multiply_fma_tile(const Operand& a, const Operand& b, int
       load_a.fetch(next_a, k + FmaTile::kK);
       load_b.fetch(next_b, k + FmaTile::kK);
     }
-#pragma unroll 4
+#pragma unroll 2
     for (int depth = 0; depth < FmaTile::kK; ++depth) {
       const float4 row = load<float4>(tile_a + depth * LoaderA::kRow + fma_row());
       float col[8];

@@ -1,14 +1,14 @@
 // C[M,N] = A[M,K] B[N,K]^T with an epilogue, float32 sums: the product that linear, ffn and cross-entropy share.
 //
-// 16-bit operands: one block computes one tile (mainloop.h), 128x128 or, where that would leave multiprocessors idle,
-// 64x64; with few tiles and a great depth, blocks share a tile's depth and a second kernel adds the parts in order.
-// float32: multiply-adds (fma_mainloop.h). The finished tile goes, 16 rows of a warp at a time, through shared memory to
-// the epilogue, which sees eight neighbouring columns of a row and so reads and writes global memory 16 bytes a lane.
-// Nothing is added by atomics: results depend on the shape alone.
+// 16-bit operands: one block computes one tile (mainloop.h), 128x256 or, where that would leave multiprocessors idle,
+// 128x128 or 64x64; with few tiles and a great depth, blocks share a tile's depth and a second kernel adds the parts in
+// order. float32: multiply-adds (fma_mainloop.h). The finished tile goes, 16 rows of a warp at a time, through shared
+// memory to the epilogue, which sees eight neighbouring columns of a row and so reads and writes global memory 16 bytes
+// a lane. Nothing is added by atomics: results depend on the shape alone.
 //
-// Registers (nvcc 13.0.88, sm_80, -Xptxas -v): 16-bit 128x128 tiles 122 to 128, 64x64 tiles 119 to 128, both without a
-// spill and at the limit of their launch bounds, two and four blocks a multiprocessor; the main loop of 128x128 is 32 HMMA,
-// 12 LDSM, 4 LDGSTS a warp and 32 of depth.
+// Registers (nvcc 13.0.88, sm_80, -Xptxas -v): 16-bit 128x256 tiles 254 or 255, 128x128 tiles 122 to 128, 64x64 tiles
+// 119 to 128, all without a spill and at the limit of their launch bounds: one, two and four blocks a multiprocessor.
+// The main loop of 128x128 is 32 HMMA, 12 LDSM and 4 LDGSTS a warp and 32 of depth.
 #pragma once
 #include <type_traits>
 
@@ -56,7 +56,7 @@ __device__ void finish_tile(const Accumulators<Tile>& acc, GemmShape shape, int6
 }
 
 template <class T, class Tile, Major kMajorA, Major kMajorB, class Epilogue>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads == 256 ? 2 : 4)
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     gemm_kernel(const Operand a, const Operand b, const GemmShape shape, const Parts parts, Epilogue epilogue) {
   const int64_t tiles_m = ceil_div(shape.M, Tile::kM), tiles_n = ceil_div(shape.N, Tile::kN);
   const TileIndex tile = tile_of(blockIdx.x, tiles_m, tiles_n);
@@ -116,7 +116,8 @@ void launch_gemm(const Operand& a, const Operand& b, GemmShape shape, Parts part
 }
 
 template <class T, Major kMajorA, Major kMajorB, class Epilogue>
-void launch_gemm(Operand a, Operand b, GemmShape shape, Parts parts, const Epilogue& epilogue, const Stream& stream) {
+void launch_gemm(Operand a, Operand b, GemmShape shape, TileSize tile, Parts parts, const Epilogue& epilogue,
+                 const Stream& stream) {
   if constexpr (std::is_same_v<T, float>) {
     const auto tiles = static_cast<unsigned>(ceil_div(shape.M, FmaTile::kM) * ceil_div(shape.N, FmaTile::kN));
     launch(stream, {tiles, static_cast<unsigned>(parts.count)}, FmaTile::kThreads, size_t{FmaTile::kBytes},
@@ -124,10 +125,11 @@ void launch_gemm(Operand a, Operand b, GemmShape shape, Parts parts, const Epilo
   } else {
     a.vector = a.fits_chunks(kMajorA);
     b.vector = b.fits_chunks(kMajorB);
-    if constexpr (!std::is_same_v<Epilogue, PartEpilogue>)
-      if (prefers_large_tiles(shape))
-        return launch_gemm<T, LargeTile, kMajorA, kMajorB>(a, b, shape, parts, epilogue, stream);
-    launch_gemm<T, SmallTile, kMajorA, kMajorB>(a, b, shape, parts, epilogue, stream);
+    if constexpr (!std::is_same_v<Epilogue, PartEpilogue>)  // wide tiles are never cut
+      if (tile == TileSize::wide)
+        return launch_gemm<T, WideTile, kMajorA, kMajorB>(a, b, shape, parts, epilogue, stream);
+    if (tile == TileSize::large) launch_gemm<T, LargeTile, kMajorA, kMajorB>(a, b, shape, parts, epilogue, stream);
+    else launch_gemm<T, SmallTile, kMajorA, kMajorB>(a, b, shape, parts, epilogue, stream);
   }
 }
 
@@ -137,12 +139,14 @@ template <class T, Major kMajorA, Major kMajorB, class Epilogue>
 void gemm(const Operand& a, const Operand& b, GemmShape shape, const Epilogue& epilogue, float* workspace,
           const Stream& stream) {
   if (shape.M == 0 || shape.N == 0) return;
-  const int64_t count = workspace ? depth_parts(shape) : 1;
-  if (count == 1) return launch_gemm<T, kMajorA, kMajorB>(a, b, shape, {1, shape.K}, epilogue, stream);
-  const Parts parts{count, part_depth(shape.K, count)};
-  launch_gemm<T, kMajorA, kMajorB>(a, b, shape, parts, PartEpilogue{workspace, shape.M, shape.N, 0}, stream);
+  const GemmPlan plan = gemm_plan(shape, workspace != nullptr);
+  if (plan.parts == 1)
+    return launch_gemm<T, kMajorA, kMajorB>(a, b, shape, plan.tile, {1, shape.K}, epilogue, stream);
+  const Parts parts{plan.parts, part_depth(shape.K, plan.parts)};
+  launch_gemm<T, kMajorA, kMajorB>(a, b, shape, plan.tile, parts, PartEpilogue{workspace, shape.M, shape.N, 0}, stream);
   const auto blocks = static_cast<unsigned>(ceil_div(shape.M * ceil_div(shape.N, 8), kAddThreads));
-  launch(stream, {blocks}, kAddThreads, 0, add_parts_kernel<Epilogue>, workspace, shape.M, shape.N, count, epilogue);
+  launch(stream, {blocks}, kAddThreads, 0, add_parts_kernel<Epilogue>, workspace, shape.M, shape.N, plan.parts,
+         epilogue);
 }
 
 }  // namespace llmfast::cuda

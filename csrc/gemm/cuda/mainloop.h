@@ -10,13 +10,18 @@ namespace llmfast::cuda {
 template <int kM_, int kN_, int kWarpM_, int kWarpN_, int kStages_>
 struct GemmTile {
   static constexpr int kM = kM_, kN = kN_, kWarpM = kWarpM_, kWarpN = kWarpN_, kStages = kStages_;
+  static constexpr int kBlocks = kM == 64 ? 4 : kN == 128 ? 2 : 1;  // that share a multiprocessor
   static constexpr int kWarpsN = kN / kWarpN, kThreads = kM / kWarpM * kWarpsN * 32;
   static constexpr int kFragmentsM = kWarpM / 16, kFragmentsN = kWarpN / 8;
   static_assert(kM % kWarpM == 0 && kN % kWarpN == 0 && kWarpM % 16 == 0 && kWarpN % 16 == 0);
 };
 
-using LargeTile = GemmTile<128, 128, 64, 32, 4>;  // 8 warps, 64 KB: two blocks a multiprocessor
-using SmallTile = GemmTile<64, 64, 32, 32, 4>;    // 4 warps, 32 KB
+// Shared memory can deliver 128 bytes a clock. Per 32 of depth (nvidia A100: two clocks a HMMA and multiprocessor) the
+// wide tile keeps it busy for 704 of 1024 clocks, the large one for 512 of 512: it is for shapes that have no 256 wide
+// tiles.
+using WideTile = GemmTile<128, 256, 64, 64, 3>;   // 8 warps, 72 KB: one block a multiprocessor
+using LargeTile = GemmTile<128, 128, 64, 32, 4>;  // 8 warps, 64 KB: two
+using SmallTile = GemmTile<64, 64, 32, 32, 4>;    // 4 warps, 32 KB: four
 
 template <class Tile>
 struct Accumulators {
@@ -25,8 +30,8 @@ struct Accumulators {
 
 // acc = A[first_m.., first_k..end_k] B[first_n.., ..]^T of the block's tile, zeros beyond the edges.
 template <class T, class Tile, Major kMajorA, Major kMajorB>
-__device__ void multiply_tile(const Operand& a, const Operand& b, int64_t M, int64_t N, int64_t first_m, int64_t first_n,
-                              int64_t first_k, int64_t end_k, uint32_t shared, Accumulators<Tile>& acc) {
+__device__ void multiply_tile(const Operand& a, const Operand& b, int64_t M, int64_t N, int64_t first_m,
+                              int64_t first_n, int64_t first_k, int64_t end_k, uint32_t shared, Accumulators<Tile>& acc) {
   using LoaderA = OperandLoader<T, kMajorA, Tile::kM, Tile::kThreads>;
   using LoaderB = OperandLoader<T, kMajorB, Tile::kN, Tile::kThreads>;
   constexpr int kStageBytes = LoaderA::kBytes + LoaderB::kBytes;

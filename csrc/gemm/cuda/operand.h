@@ -1,8 +1,8 @@
 // An operand of a product in global memory, and its way into shared memory.
 //
 // The operand is an mn x k matrix with any strides. Tiles of it are stored with the contiguous side as rows: k-major
-// [mn][k] or mn-major [k][mn] (see shared_tile.h). Where that side has stride 1 and every row starts at a multiple of 16
-// bytes, chunks of 8 elements go by cp.async, zero-filled beyond the edge; otherwise element by element through
+// [mn][k] or mn-major [k][mn] (see shared_tile.h). Where that side has stride 1 and every row starts at a multiple of
+// 16 bytes, chunks of 8 elements go by cp.async, zero-filled beyond the edge; otherwise element by element through
 // registers, into the same layout.
 #pragma once
 #include "core/types.h"

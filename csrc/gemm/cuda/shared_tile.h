@@ -1,7 +1,7 @@
 // Tiles of 16-bit elements in shared memory: where a 16-byte chunk lies, and which chunk each lane hands to ldmatrix.
 //
-// A tile has rows of kCols elements, kCols / 8 chunks. Chunk c of row r is stored at chunk position c ^ f(r), so that the
-// eight rows of an 8x8 matrix fall into eight different bank groups, for ldmatrix as for 16-byte copies:
+// A tile has rows of kCols elements, kCols / 8 chunks. Chunk c of row r is stored at chunk position c ^ f(r), so that
+// the eight rows of an 8x8 matrix fall into eight different bank groups, for ldmatrix as for 16-byte copies:
 //   rows of 64 bytes  (4 chunks): two rows share the 128 bytes of all banks, f(r) = (r / 2) % 4
 //   rows of 128 bytes and more:   f(r) = r % 8
 //
