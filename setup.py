@@ -186,31 +186,26 @@ def cuda_objects(build_dir: Path):
         yield source, build_dir / f"{name}.o", [*CUDA_DEFINES, *flags]
 
 
-def cuda_libraries() -> str:
-    toolkit = Path(os.path.realpath(nvcc())).parents[1]
-    folders = [f"-L{toolkit / name}" for name in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib")]
-    return shlex.join([*folders, "-lcudart_static", "-ldl", "-lrt", "-lpthread"])
-
-
 def write_ninja(build_dir: Path, output: Path, cuda: bool) -> None:
     build_dir.mkdir(parents=True, exist_ok=True)
     defines = (["-DLLMFAST_X86"] if IS_X86 else []) + (["-DLLMFAST_EMULATED"] if EMULATE else [])
     escape = lambda path: str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")  # noqa: E731
     cxx = shlex.join(compiler())
     with_nvcc = cuda and not EMULATE_CUDA
+    # nvcc knows where its runtime library is.
+    linker = shlex.join([nvcc(), "--cudart=static"]) if with_nvcc else f"$cxx -fopenmp {shlex.join(SANITIZER_FLAGS)}"
     lines = [
         "ninja_required_version = 1.5",
         f"cxx = {cxx}",
         f"cflags = {shlex.join([*COMMON_FLAGS, *defines, f'-I{CSRC}'])}",
         "rule compile\n  command = $cxx $cflags $flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-        f"rule link\n  command = $cxx -shared -fopenmp {shlex.join(SANITIZER_FLAGS)} $in -o $out $libraries",
+        f"rule link\n  command = {linker} -shared $in -o $out",
     ]
     if with_nvcc:
-        lines += [
-            f"libraries = {cuda_libraries()}",
+        lines.append(
             f"rule nvcc\n  command = {shlex.join([nvcc(), f'-I{CSRC}'])} $flags -MD -MF $out.d -c $in -o $out\n"
-            "  depfile = $out.d\n  deps = gcc",
-        ]
+            "  depfile = $out.d\n  deps = gcc"
+        )
     outputs = []
     for source, target, flags in (cuda_objects if cuda else cpu_objects)(build_dir):
         rule = "compile"

@@ -1,7 +1,8 @@
 """The CUDA kernels without a GPU: `_cuda` built on emulated threads (csrc/ptx/emulated), whose functions take CPU tensors.
 
-Test files import the fixture `cuda`: the device on which a test makes its tensors, "cpu" under the emulation and "cuda"
-where there is a GPU. While it is active, ops with a CUDA implementation run it.
+A pytest plugin: test files name it as ``pytest_plugins = "cuda_emulated"`` and use the fixture `cuda`, which is the device
+on which a test makes its tensors: "cpu" under the emulation and, once more, "cuda" where there is a GPU. While it is
+active, ops with a CUDA implementation run it.
 """
 
 import functools
@@ -16,7 +17,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from llmfast import backend
+from llmfast import backend, optim
 from llmfast.ops import _native_op
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,17 +40,21 @@ def emulated_module() -> ModuleType:
     return module
 
 
-@pytest.fixture(params=["emulated", "cuda"])
+def devices() -> list[str]:
+    return ["emulated", "cuda"] if torch.cuda.is_available() and backend.native_cuda() else ["emulated"]
+
+
+@pytest.fixture(params=devices())
 def cuda(request, monkeypatch) -> str:
     if request.param == "cuda":
-        if not torch.cuda.is_available() or backend.native_cuda() is None:
-            pytest.skip("no CUDA device, or llmfast was built without CUDA")
         return "cuda"
     module = emulated_module()
     monkeypatch.setattr(backend, "native_cuda", lambda: module)
     for op in _native_op.NativeOp.all:
         if op.cuda is not None:
             monkeypatch.setattr(op, "run", op.cuda)
+    monkeypatch.setattr(optim, "_step_on_cpu", optim._step_on_gpu)
+    monkeypatch.setattr(optim, "_squares_on_cpu", optim._squares_on_gpu)
     return "cpu"
 
 

@@ -10,7 +10,7 @@ from cuda_emulated import cuda, emulated_module, thread_order  # noqa: F401
 from test_attention import make, packed_bounds, torch_attention, torch_varlen_attention, with_gradients
 
 from llmfast import reference
-from llmfast.ops.attention import attention, scaled_dot_product_attention, varlen_attention
+from llmfast.ops.attention import _attention, attention, scaled_dot_product_attention, varlen_attention
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 INF = math.inf
@@ -94,8 +94,6 @@ def test_rows_that_see_nothing(cuda, Tq, dtype):
 @pytest.mark.parametrize("Tq", [2, 40])
 def test_lse(cuda, Tq):
     q, k, v = (t.to(cuda) for t in make(1, 4, 2, Tq, 70, 16, dtype=BF16))
-    from llmfast.ops.attention import _attention
-
     lse = _attention(q, k, v, None, None, 0, 0.25, 0.0)[1].cpu()
     scores = 0.25 * q.cpu().double() @ k.cpu().double().repeat_interleave(2, 1).mT
     scores = scores.masked_fill(~reference.visible(Tq, 70, causal=True), -INF)

@@ -39,9 +39,11 @@ def test_forward_and_gradients(cuda, shape, dtype):
     check(inputs, torch.randn(M, N).to(dtype).to(cuda))
 
 
-def test_large_tiles(cuda):
-    """Enough 128 x 128 tiles for a whole device, ragged at both edges, in few blocks of depth."""
-    x, weight = torch.randn(1417, 40).to(BF16).to(cuda), torch.randn(1400, 40).to(BF16).to(cuda)
+@pytest.mark.parametrize("shape", [(1417, 1400, 40), (1921, 3850, 24)], ids=["128x128", "128x256"])
+def test_large_tiles(cuda, shape):
+    """Enough of them for a whole device, ragged at both edges, in few blocks of depth."""
+    M, N, K = shape
+    x, weight = torch.randn(M, K).to(BF16).to(cuda), torch.randn(N, K).to(BF16).to(cuda)
     exact = F.linear(x.double(), weight.double())
     assert_as_accurate(llmfast.linear(x, weight), F.linear(x, weight), exact)
 

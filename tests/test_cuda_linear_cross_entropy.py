@@ -32,6 +32,13 @@ def test_loss_and_gradients(cuda, shape, dtype):
     check(cuda, *make(*shape, 1.0 if shape[0] == 37 else 40.0), dtype)  # 40: confident rows
 
 
+def test_wide_tiles(cuda):
+    x, weight, target = make(1921, 8, 4000)
+    loss = llmfast.linear_cross_entropy(x.to(BF16).to(cuda), weight.to(BF16).to(cuda), target.to(cuda))
+    exact = reference.linear_cross_entropy(x.to(BF16).double(), weight.to(BF16).double(), target)
+    torch.testing.assert_close(loss.cpu().double(), exact, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_reductions_and_ignore_index(cuda, reduction):
     x, weight, target = make(10, 8, 30)

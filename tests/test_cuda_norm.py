@@ -4,11 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_as_accurate
-from cuda_emulated import cuda, emulated_module, thread_order  # noqa: F401
 from test_norm import MIXES, fused_norm, plain_norm, results_of, wide
 
 import llmfast
-from llmfast import reference
+from llmfast import backend, reference
+
+pytest_plugins = "cuda_emulated"
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # One element; less than eight; every tail; a warp's and a block's rows; more rows than blocks of the backward pass
@@ -135,7 +136,7 @@ def test_bitwise_repeatable(cuda):
 def test_memory_is_read_and_written_once(cuda):
     if cuda == "cuda":
         pytest.skip("only the emulation counts bytes")
-    module, M, C = emulated_module(), 12, 768
+    module, M, C = backend.native_cuda(), 12, 768
     x, residual = random(M, C, dtype=BF16), random(M, C)
     weight, bias = random(C), random(C)
     module.reset_counters()
@@ -146,7 +147,7 @@ def test_memory_is_read_and_written_once(cuda):
 
 
 def test_native_checks_guard_memory(cuda):
-    module = emulated_module() if cuda == "cpu" else llmfast.backend.native_cuda()
+    module = backend.native_cuda()
     x, out, rstd = random(4, 8, device=cuda), random(4, 8, device=cuda), random(4, device=cuda)
     with pytest.raises(ValueError, match="normed: got float32"):
         module.norm_forward(random(4, 9, device=cuda), None, None, rstd, x, None, None, None, 1e-5, False, 0)

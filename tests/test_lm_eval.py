@@ -74,7 +74,7 @@ def folder(tmp_path_factory):
     theirs = PreTrainedTokenizerFast(tokenizer_object=hf, bos_token="<s>", eos_token="<|endoftext|>")
     theirs.chat_template = TEMPLATE
     theirs.save_pretrained(folder)
-    shape = {**SHAPE, "vocab_size": len(theirs), "max_position_embeddings": 96}
+    shape = {**SHAPE, "vocab_size": len(theirs), "max_position_embeddings": 96, "eos_token_id": theirs.eos_token_id}
     wide(AutoModelForCausalLM.from_config(LlamaConfig(**shape))).save_pretrained(folder)
     return folder
 
@@ -101,7 +101,25 @@ def test_our_adapter_measures_what_lm_evals_own_does(folder, tasks, monkeypatch)
         for mine, other in zip(ours["samples"][name], theirs["samples"][name]):
             assert mine["doc_id"] == other["doc_id"]
             for a, b in zip(flat(mine["resps"]), flat(other["resps"])):
-                assert a == pytest.approx(b, rel=1e-4, abs=1e-4) if isinstance(b, float) else a == b, name
+                expected = pytest.approx(b, rel=1e-4, abs=1e-4) if isinstance(b, float) else b
+                assert a == expected, (name, mine["doc_id"])
+
+
+def test_lm_evals_own_adapter_on_a_patched_model(folder, tasks):
+    from lm_eval.models.huggingface import HFLM
+
+    from llmfast.integrations.transformers import patch, unpatch
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    patch(model)
+    ours = evaluate(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4), tasks)["results"]
+    unpatch(model)
+    theirs = evaluate(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4), tasks)["results"]
+    for name in TASKS:
+        for metric, value in theirs[name].items():
+            if isinstance(value, float):
+                assert ours[name][metric] == pytest.approx(value, rel=1e-4, abs=1e-6), (name, metric)
 
 
 def flat(value):

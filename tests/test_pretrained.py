@@ -1,7 +1,9 @@
 """Hugging Face folders and GGUF files of every family against transformers: logits, loss, text, files, and refusals."""
 
+import copy
 import importlib.util
 import json
+import pickle
 
 import pytest
 import torch
@@ -339,6 +341,13 @@ def test_rotary_frequencies_bit_for_bit(kind):
     assert config.replace(rotary_scaling=as_json).rotary_scaling == RotaryScaling(kind, scaling.factor)
     with pytest.raises(ValueError, match="rotary_scaling: got kind 'yarn'"):
         RotaryScaling("yarn", 2.0)
+
+
+def test_a_model_that_has_run_can_be_copied_and_pickled():
+    model, ids = GPT(GPTConfig(vocab_size=V, context=16, layers=1, heads=2, width=16)), torch.randint(V, (1, 4))
+    expected = logits(model, ids)
+    assert torch.equal(logits(copy.deepcopy(model), ids), expected)
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model)), ids), expected)
 
 
 # Tokenizers and chat templates

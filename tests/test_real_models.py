@@ -9,7 +9,7 @@ import torch
 
 from llmfast import cli
 from llmfast.data import load_tokenizer
-from llmfast.generate import Sampling, chat
+from llmfast.generate import Sampling, chat, chat_ids
 from llmfast.models import GPT
 
 
@@ -104,7 +104,7 @@ def test_weights_survive_the_way_to_transformers(smollm2, folder, theirs):
         heads = {"attn_q": 9, "attn_k": 3}.get(name.split(".")[-2])
         if heads:  # rows of rotary pairs are neighbours in the file
             w = w.reshape(heads, w.shape[0] // heads // 2, 2, -1).swapaxes(1, 2).reshape(w.shape)
-        assert torch.equal(state[names[name]], torch.from_numpy(w)), name
+        assert torch.equal(state[names[name]], torch.from_numpy(w.copy())), name
 
 
 @torch.no_grad()
@@ -161,6 +161,32 @@ def test_tokenizer(tokenizer, texts):
     assert pieces == [b"in", b" ", b"1", b"9", b"8", b"4", b" "]
     assert tokenizer.encode("<|im_start|>user<|im_end|>", parse_special=True)[::2] == [1, 2]
     assert tokenizer.stop_ids == (2,) and tokenizer.prefix_ids == ()
+
+
+def test_transformers_reads_the_tokenizer(folder, tokenizer, texts):
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(folder)
+    for text in texts:
+        assert theirs.encode(text) == tokenizer.encode(text)
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    rendered = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert rendered == chat_ids(tokenizer, messages)
+    assert theirs.eos_token_id == 2
+
+
+def test_lm_eval_finds_the_capitals(model, tokenizer):
+    pytest.importorskip("lm_eval", reason="needs the package lm-eval")
+    from lm_eval.api.instance import Instance
+
+    from llmfast.integrations.lm_eval import LlmfastLM
+
+    capitals = {"France": " Paris", "Italy": " Rome", "Japan": " Tokyo", "England": " London"}
+    pairs = [(f"The capital of {country} is", city) for country in capitals for city in capitals.values()]
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    scores = LlmfastLM(model=model, tokenizer=tokenizer).loglikelihood(requests, disable_tqdm=True)
+    table = torch.tensor([logprob for logprob, _ in scores]).view(4, 4)
+    assert table.argmax(1).tolist() == [0, 1, 2, 3]
 
 
 @torch.no_grad()

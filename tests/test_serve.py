@@ -51,7 +51,11 @@ def server(folder):
     log = folder / "server.log"
     with open(log, "w") as output:
         process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port)], env=environment, stdout=output, stderr=output
+            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            env=environment,
+            cwd=folder,
+            stdout=output,
+            stderr=output,
         )
     address = f"http://127.0.0.1:{port}"
     try:

@@ -1,6 +1,6 @@
 // Attention on a GPU: the kernels' entry points, and the scratch they need. As attention.h says, except that the token
-// offsets of packed sequences (first_q, first_k) are contiguous int64 on the device, and Tq and Tk are then the tokens of
-// all sequences together: lengths are never read back to the host. Wrong offsets give wrong results, but no access
+// offsets of packed sequences (first_q, first_k) are contiguous int64 on the device, and Tq and Tk are then the tokens
+// of all sequences together: lengths are never read back to the host. Wrong offsets give wrong results, but no access
 // outside the tensors.
 #pragma once
 #include "attention/attention.h"

@@ -1,5 +1,5 @@
-// Dispatch tables of the CUDA module: for each op one row per target, best first. The first row whose target runs on the
-// stream's device, whose dtype is listed and whose supports() holds, runs there.
+// Dispatch tables of the CUDA module: for each op one row per target, best first. The first row whose target runs on
+// the stream's device, whose dtype is listed and whose supports() holds, runs there.
 #pragma once
 #include <atomic>
 #include <string>

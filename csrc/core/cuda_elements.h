@@ -1,8 +1,8 @@
 // Rows of elements for memory-bound kernels: eight at a time, float32 in registers, any floating dtype in memory.
 //
-// The dtype is run-time data: these kernels take up to four tensors of three dtypes each, and a branch that a whole grid
-// takes the same way costs a cycle where a 16-byte access costs dozens. Loading and widening are separate steps, so that
-// a thread can issue all loads of a row before it waits for the first.
+// The dtype is run-time data: these kernels take up to four tensors of three dtypes each, and a branch that a whole
+// grid takes the same way costs a cycle where a 16-byte access costs dozens. Loading and widening are separate steps,
+// so that a thread can issue all loads of a row before it waits for the first.
 #pragma once
 #include "core/rows.h"
 #include "ptx/convert.h"
@@ -30,7 +30,6 @@ struct RowPointer {
 template <bool kReadOnce = false>
 __device__ __forceinline__ Eight load_eight(const RowPointer& row, int index) {
   Eight raw = {};
-  if (index >= row.C) return raw;
   const int bytes = static_cast<int>(size_of(row.dtype));
   const char* from = row.data + static_cast<int64_t>(index) * bytes;
   if (row.aligned && index + kEight <= row.C) {
@@ -96,7 +95,6 @@ __device__ __forceinline__ Eight narrow(const float (&value)[kEight], DType dtyp
 
 // Elements beyond the row are not written.
 __device__ __forceinline__ void store_eight(const RowPointer& row, int index, const Eight& raw) {
-  if (index >= row.C) return;
   const int bytes = static_cast<int>(size_of(row.dtype));
   char* to = row.data + static_cast<int64_t>(index) * bytes;
   if (row.aligned && index + kEight <= row.C) {

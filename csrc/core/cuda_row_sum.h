@@ -4,8 +4,8 @@
 
 namespace llmfast::cuda {
 
-// kCount sums at a time, over a warp or over a block of at most kMostThreads threads. A block's calls take turns with two
-// places in shared memory: whoever writes a place has passed the barrier behind the last reads of it.
+// kCount sums at a time, over a warp or over a block of at most kMostThreads threads. A block's calls take turns with
+// two places in shared memory: whoever writes a place has passed the barrier behind the last reads of it.
 template <bool kWarpOnly, int kMostThreads, int kCount>
 struct RowSum {
   int turn = 0;

@@ -1,5 +1,5 @@
-// What both the CPU's and the GPU's tables ask of their arguments, except the values of ids; see embedding.h. False: there
-// is nothing to compute.
+// What both the CPU's and the GPU's tables ask of their arguments, except the values of ids; see embedding.h. False:
+// there is nothing to compute.
 #pragma once
 #include "embedding/embedding.h"
 

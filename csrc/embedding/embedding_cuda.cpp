@@ -6,7 +6,8 @@
 namespace llmfast {
 namespace {
 
-const CudaTable<EmbeddingParams> kForward("embedding", {{Arch::sm80, kAllFloat, nullptr, cuda::embedding_forward_sm80}});
+const CudaTable<EmbeddingParams> kForward("embedding",
+                                          {{Arch::sm80, kAllFloat, nullptr, cuda::embedding_forward_sm80}});
 const CudaTable<EmbeddingBackwardParams> kBackward("embedding_backward",
                                                    {{Arch::sm80, kAllFloat, nullptr, cuda::embedding_backward_sm80}});
 

@@ -1,5 +1,5 @@
-// embedding on a GPU: the kernels' entry points. Ids out of range, which only the device could find, give rows of NaN and
-// no gradient. At most 2^31 - 1 ids, rows and columns.
+// embedding on a GPU: the kernels' entry points. Ids out of range, which only the device could find, give rows of NaN
+// and no gradient. At most 2^31 - 1 ids, rows and columns.
 #pragma once
 #include "core/cuda_dispatch.h"
 #include "embedding/embedding.h"

@@ -1,10 +1,10 @@
 // embedding, forward and backward; see embedding.h for the formulas and embedding_cuda.h for ids out of range.
 //
 // Forward: a warp owns a row of the result, eight columns to a lane at a time.
-// Backward: a warp owns 256 columns of a row v of the table. It finds v's run in the sorted ids by bisection and adds the
-// gradients in the order of n, four loads in flight. Every element of grad_weight is written once, zero for absent ids: no
-// atomics, and the result depends on the ids alone. A run is as serial as it is long: 4096 equal ids take about a
-// thousand memory latencies.
+// Backward: a warp owns 256 columns of a row v of the table. It finds v's run in the sorted ids by bisection and adds
+// the gradients in the order of n, four loads in flight. Every element of grad_weight is written once, zero for absent
+// ids: no atomics, and the result depends on the ids alone. A run is as serial as it is long: 4096 equal ids take about
+// a thousand memory latencies.
 #include "core/cuda_elements.h"
 #include "core/cuda_launch.h"
 #include "embedding/embedding_cuda.h"
@@ -49,7 +49,7 @@ struct ForwardOperands {
   int64_t V, P;
 };
 
-__global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize)
+__global__ void __launch_bounds__(kWarpsPerBlock * kWarpSize)
     embedding_forward_kernel(const __grid_constant__ ForwardOperands o) {
   const uint32_t n = blockIdx.x * kWarpsPerBlock + warp();
   if (n >= o.M) return;
@@ -98,7 +98,7 @@ __device__ __forceinline__ uint32_t first_of(const BackwardOperands& o, int64_t 
                 : count_below(static_cast<const int32_t*>(o.sorted_ids), o.M, v);
 }
 
-__global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize)
+__global__ void __launch_bounds__(kWarpsPerBlock * kWarpSize)
     embedding_backward_kernel(const __grid_constant__ BackwardOperands o) {
   const uint32_t v = blockIdx.x * kWarpsPerBlock + warp();
   const int index = static_cast<int>(blockIdx.y) * kStrip + lane() * kEight;

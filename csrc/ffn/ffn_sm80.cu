@@ -1,7 +1,7 @@
 // ffn on the shared CUDA product (gemm/cuda/gemm.h); see ffn.h for the maths.
 //
-// Forward: two products, or three when gated; the nonlinearity, the gate and the copy that the backward pass needs happen
-// in the epilogue of the product that feeds them, so that the hidden row is written once and read once.
+// Forward: two products, or three when gated; the nonlinearity, the gate and the copy that the backward pass needs
+// happen in the epilogue of the product that feeds them, so that the hidden row is written once and read once.
 // Backward: the epilogue of grad * down_weight turns d_hidden into d_up (and d_gate) and rebuilds hidden from the saved
 // pre-activations; the rest are plain products and column sums. Scratch: up to three M x F buffers of the op's dtype.
 #include "gemm/cuda/activations.h"
@@ -152,7 +152,8 @@ void backward(const FfnBackwardParams& p, const Stream& stream) {
     store.addend = scratch.partial_x;
     store.ld_addend = C;
   }
-  gemm<T, Major::k, Major::mn>(rows(scratch.d_up), operand_transposed(p.up_weight), shape, store, scratch.parts, stream);
+  gemm<T, Major::k, Major::mn>(rows(scratch.d_up), operand_transposed(p.up_weight), shape, store, scratch.parts,
+                               stream);
 }
 
 }  // namespace

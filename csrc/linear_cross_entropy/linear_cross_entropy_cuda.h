@@ -1,5 +1,5 @@
-// linear_cross_entropy on a GPU: the kernels' entry points, and the scratch they need. Targets are never read back to the
-// host: one that is neither in [0, V) nor ignore_index gives a loss of NaN. No side has 2^31 elements or more.
+// linear_cross_entropy on a GPU: the kernels' entry points, and the scratch they need. Targets are never read back to
+// the host: one that is neither in [0, V) nor ignore_index gives a loss of NaN. No side has 2^31 elements or more.
 #pragma once
 #include "core/cuda_dispatch.h"
 #include "linear_cross_entropy/linear_cross_entropy.h"

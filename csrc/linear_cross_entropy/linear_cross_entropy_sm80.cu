@@ -92,7 +92,8 @@ constexpr int kRowThreads = 128;
 // rows = rows and the chunk's parts; with the last chunk, losses and lse.
 __global__ void __launch_bounds__(kRowThreads)
     fold_parts_kernel(const LogSum* parts, LogSum* rows, const float* target_logits, const int64_t* target, int64_t M,
-                      int64_t V, int count, bool is_first, bool is_last, int64_t ignore_index, float* losses, float* lse) {
+                      int64_t V, int count, bool is_first, bool is_last, int64_t ignore_index, float* losses,
+                      float* lse) {
   const int64_t m = blockIdx.x * int64_t{kRowThreads} + thread();
   if (m >= M) return;
   LogSum row = is_first ? LogSum{kLowest, 0.0f} : rows[m];
@@ -135,16 +136,18 @@ struct LogitGradientEpilogue {
 template <class T>
 void forward(const LinearCrossEntropyParams& p, const Stream& stream) {
   const int64_t M = p.x.shape[0], C = p.x.shape[1], V = p.weight.shape[0];
-  const int64_t group = sizeof(T) == 2 ? LargeTile::kWarpN : 64;
-  static_assert(LargeTile::kWarpN == SmallTile::kWarpN && LargeTile::kWarpN >= kLeastGroup);
+  static_assert(LargeTile::kWarpN == kLeastGroup && SmallTile::kWarpN == kLeastGroup);
   Scratch carve(p.workspace.data);
   const ForwardScratch scratch(carve, M);
   const auto* target = p.target.as<const int64_t>();
   for (int64_t v = 0; v < V; v += kForwardChunk) {
     const int64_t count = V - v < kForwardChunk ? V - v : kForwardChunk;
+    const GemmShape shape{M, count, C};
+    const bool wide = gemm_plan(shape, false).tile == TileSize::wide;
+    const int64_t group = sizeof(T) == 4 ? 64 : wide ? WideTile::kWarpN : kLeastGroup;
     Operand weight = operand(p.weight);
     weight.data = p.weight.as<const T>() + v * weight.stride_mn;
-    gemm<T, Major::k, Major::k>(operand(p.x), weight, {M, count, C},
+    gemm<T, Major::k, Major::k>(operand(p.x), weight, shape,
                                 LogSumEpilogue{scratch.parts, scratch.target_logits, target, M, v}, nullptr, stream);
     launch(stream, {static_cast<unsigned>(ceil_div(M, kRowThreads))}, kRowThreads, 0, fold_parts_kernel, scratch.parts,
            scratch.rows, scratch.target_logits, target, M, V, static_cast<int>(ceil_div(count, group)), v == 0,
@@ -176,7 +179,8 @@ void backward(const LinearCrossEntropyBackwardParams& p, const Stream& stream) {
     const float* before = v > 0 ? scratch.sum_x : nullptr;
     if (v + count < V)
       gemm<T, Major::k, Major::mn>(rows, weight_transposed, {M, C, count},
-                                   StoreEpilogue<T, float>{scratch.sum_x, C, nullptr, before, C}, scratch.parts, stream);
+                                   StoreEpilogue<T, float>{scratch.sum_x, C, nullptr, before, C}, scratch.parts,
+                                   stream);
     else
       gemm<T, Major::k, Major::mn>(rows, weight_transposed, {M, C, count},
                                    StoreEpilogue<T>{p.grad_x.as<T>(), p.grad_x.stride[0], nullptr, before, C},

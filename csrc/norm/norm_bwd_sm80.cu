@@ -1,15 +1,15 @@
 // Residual sum + norm, backward; see norm.h for the formulas.
 //
-//   1. a block walks over rows b, b + blocks, ...; it loads grad_normed and summed of a row and takes four sums over it,
-//      with d = summed - saved mean and g = grad_normed * weight:  sum(d)  sum(d^2)  sum(g)  sum(g d)
-//   2. from them the statistics of summed as it was rounded, and mean(g), mean(g * xhat): one barrier a row. d has a mean
-//      of a rounding error, so sum(d^2) - sum(d)^2 / C does not cancel, unlike the same of summed itself
+//   1. a block walks over rows b, b + blocks, ...; it loads grad_normed and summed of a row and takes four sums over
+//      it, with d = summed - saved mean and g = grad_normed * weight:  sum(d)  sum(d^2)  sum(g)  sum(g d)
+//   2. from them the statistics of summed as it was rounded, and mean(g), mean(g * xhat): one barrier a row. d has a
+//      mean of a rounding error, so sum(d^2) - sum(d)^2 / C does not cancel, unlike the same of summed itself
 //   3. grad_total, grad_x for the row; the columns' grad_normed * xhat and grad_normed are added up in registers
 //   4. at the end each block writes its row of partial sums, and a second kernel adds the rows of all blocks in a fixed
 //      order: deterministic, as which rows a block has depends on the shape alone
 //
-// A thread holds one or two groups of eight columns (up to 8192 columns in a block of 512). Wider rows are read twice, and
-// their partial sums live in the workspace, where only their owner touches them.
+// A thread holds one or two groups of eight columns (up to 8192 columns in a block of 512). Wider rows are read twice,
+// and their partial sums live in the workspace, where only their owner touches them.
 #include "core/cuda_elements.h"
 #include "core/cuda_launch.h"
 #include "core/cuda_row_sum.h"
@@ -100,7 +100,7 @@ __device__ __forceinline__ RowPointer partial_row(float* sums, int C) {
 }
 
 template <int kGroups>
-__global__ void __launch_bounds__(kMostThreads) norm_backward_kernel(const __grid_constant__ Operands o) {
+__global__ void __launch_bounds__(kMostThreads, 1) norm_backward_kernel(const __grid_constant__ Operands o) {
   const int threads = static_cast<int>(blockDim.x);
   float weight_sums[kGroups][kEight] = {}, bias_sums[kGroups][kEight] = {};
   RowSum<false, kMostThreads, 4> row_sum;
@@ -141,7 +141,8 @@ __global__ void __launch_bounds__(kMostThreads) norm_backward_kernel(const __gri
 }
 
 // sums[index..] = addend, or += after the block's first row
-__device__ __forceinline__ void add_to_partial(float* sums, int C, int index, bool first, const float (&addend)[kEight]) {
+__device__ __forceinline__ void add_to_partial(float* sums, int C, int index, bool first,
+                                               const float (&addend)[kEight]) {
   const RowPointer row = partial_row(sums, C);
   float sum[kEight];
   load_floats(first ? RowPointer{} : row, index, 0.0f, sum);
@@ -150,7 +151,7 @@ __device__ __forceinline__ void add_to_partial(float* sums, int C, int index, bo
   store_floats(row, index, sum);
 }
 
-__global__ void __launch_bounds__(kMostThreads) norm_backward_long_kernel(const __grid_constant__ Operands o) {
+__global__ void __launch_bounds__(kMostThreads, 1) norm_backward_long_kernel(const __grid_constant__ Operands o) {
   const int stride = static_cast<int>(blockDim.x) * kEight;
   RowSum<false, kMostThreads, 4> row_sum;
   for (uint32_t row = blockIdx.x; row < o.M; row += gridDim.x) {
@@ -179,7 +180,7 @@ __global__ void __launch_bounds__(kMostThreads) norm_backward_long_kernel(const 
 }
 
 // to[c] = the sum over `count` rows of partials[.., C], for a strip of columns; lanes have neighbouring columns.
-__global__ void __launch_bounds__(kStripColumns* kStripRows)
+__global__ void __launch_bounds__(kStripColumns * kStripRows)
     add_partials_kernel(const float* partials, int count, const __grid_constant__ RowSet to) {
   __shared__ float sums[kStripRows][kStripColumns];
   const int column = static_cast<int>(blockIdx.x) * kStripColumns + lane();

@@ -6,8 +6,9 @@
 //   4. normed = (total - mean) * rstd * weight + bias, rounded once
 //
 // A row belongs to one warp (up to 1024 columns, no barrier) or to one block; a thread holds up to four groups of eight
-// columns, neighbours in neighbouring threads. Memory is read and written once. Rows above 16384 columns do not fit into
-// registers: there each step reads x and residual again. Registers (ptxas, sm_80): see tests/test_cuda_build.py's limits.
+// columns, neighbours in neighbouring threads. Memory is read and written once. Rows above 16384 columns do not fit
+// into registers: there each step reads x and residual again. Registers (ptxas, sm_80): see tests/test_cuda_build.py's
+// limits.
 #include "core/cuda_elements.h"
 #include "core/cuda_launch.h"
 #include "core/cuda_row_sum.h"
@@ -61,8 +62,8 @@ __device__ __forceinline__ float part_of_sum(const float (&total)[kEight], int c
   return sum;
 }
 
-__device__ __forceinline__ void normalize(const Operands& o, const RowPointer& normed, int index, float mean, float rstd,
-                                          const float (&total)[kEight]) {
+__device__ __forceinline__ void normalize(const Operands& o, const RowPointer& normed, int index, float mean,
+                                          float rstd, const float (&total)[kEight]) {
   float weight[kEight], bias[kEight], y[kEight];
   load_floats(o.weight.row(0), index, 1.0f, weight);
   load_floats(o.bias.row(0), index, 0.0f, bias);
@@ -72,7 +73,7 @@ __device__ __forceinline__ void normalize(const Operands& o, const RowPointer& n
 }
 
 template <int kGroups, bool kWarpPerRow>
-__global__ void __launch_bounds__(kWarpPerRow ? kWarpsPerBlock* kWarpSize : kMostThreads)
+__global__ void __launch_bounds__(kWarpPerRow ? kWarpsPerBlock * kWarpSize : kMostThreads, 1)
     norm_forward_kernel(const __grid_constant__ Operands o) {
   const uint32_t row = kWarpPerRow ? blockIdx.x * kWarpsPerBlock + warp() : blockIdx.x;
   const int first = kWarpPerRow ? lane() : thread(), threads = kWarpPerRow ? kWarpSize : static_cast<int>(blockDim.x);
@@ -109,7 +110,7 @@ __global__ void __launch_bounds__(kWarpPerRow ? kWarpsPerBlock* kWarpSize : kMos
 }
 
 // Any number of columns; every step reads the row again.
-__global__ void __launch_bounds__(kMostThreads) norm_forward_long_kernel(const __grid_constant__ Operands o) {
+__global__ void __launch_bounds__(kMostThreads, 1) norm_forward_long_kernel(const __grid_constant__ Operands o) {
   const uint32_t row = blockIdx.x;
   const RowPointer x_row = o.x.row(row), residual_row = o.residual.row(row), normed_row = o.normed.row(row);
   RowSum<false, kMostThreads, 1> row_sum;

@@ -1,9 +1,10 @@
 // AdamW step and sums of squares over many tensors; see adamw.h for the formulas.
 //
-// One launch takes up to kTensors tensors, whose table is a kernel parameter (all drivers take 4 KB), and cuts each into
-// pieces of kPiece elements, a block a piece: block -> tensor by counting the tensors that begin before it. A thread takes
-// eight elements at a time. The step is bound by memory, 28 bytes an element: each is read and written once.
-// A piece's sum of squares is added in a fixed order that depends on sizes alone; the caller adds the pieces' sums.
+// One launch takes up to kTensors tensors, whose table is a kernel parameter (all drivers take 4 KB), and cuts each
+// into pieces of kPiece elements, a block a piece: block -> tensor by counting the tensors that begin before it. A
+// thread takes eight elements at a time. The step is bound by memory, 28 bytes an element: each is read and written
+// once. A piece's sum of squares is added in a fixed order that depends on sizes alone; the caller adds the pieces'
+// sums.
 #include "core/cuda_elements.h"
 #include "core/cuda_launch.h"
 #include "core/cuda_row_sum.h"
@@ -39,7 +40,8 @@ __device__ __forceinline__ RowPointer piece_of(const void* data, DType dtype, in
   char* start = static_cast<char*>(const_cast<void*>(data));
   const int64_t rest = count - first;
   const bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0;
-  return {start ? start + first * size_of(dtype) : nullptr, static_cast<int>(rest < kPiece ? rest : kPiece), dtype, aligned};
+  if (start) start += first * size_of(dtype);
+  return {start, static_cast<int>(rest < kPiece ? rest : kPiece), dtype, aligned};
 }
 
 struct StepOperands {
@@ -60,7 +62,8 @@ __global__ void __launch_bounds__(kThreads) adamw_kernel(const __grid_constant__
   const RowPointer value = t.master ? piece_of(t.master, DType::f32, first, t.count) : param;
   for (int index = thread() * kEight; index < grad.C; index += kThreads * kEight) {
     const Eight grad_raw = load_eight<true>(grad, index);
-    const Eight m_raw = load_eight(exp_avg, index), v_raw = load_eight(exp_avg_sq, index), w_raw = load_eight(value, index);
+    const Eight m_raw = load_eight(exp_avg, index), v_raw = load_eight(exp_avg_sq, index);
+    const Eight w_raw = load_eight(value, index);
     float g[kEight], m[kEight], v[kEight], w[kEight];
     widen(grad_raw, grad.dtype, g);
     widen(m_raw, DType::f32, m);

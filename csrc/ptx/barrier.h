@@ -1,5 +1,5 @@
-// Named barriers 1 to 15, for a part of the block; 0 is __syncthreads(). `threads` counts all that sync or arrive and is
-// a multiple of 32. Pass constants: a barrier number known only at run time reserves all sixteen.
+// Named barriers 1 to 15, for a part of the block; 0 is __syncthreads(). `threads` counts all that sync or arrive and
+// is a multiple of 32. Pass constants: a barrier number known only at run time reserves all sixteen.
 #pragma once
 #include "ptx/cuda.h"
 

@@ -1,6 +1,6 @@
-// Loads and stores of 2, 4, 8 or 16 bytes, each one instruction: T is trivially copyable, and addresses are multiples of
-// its size. Streaming accesses are for what is read or written once: they leave the L1 cache to others; a streaming load
-// is only for memory that nobody writes while the kernel runs.
+// Loads and stores of 2, 4, 8 or 16 bytes, each one instruction: T is trivially copyable, and addresses are multiples
+// of its size. Streaming accesses are for what is read or written once: they leave the L1 cache to others; a streaming
+// load is only for memory that nobody writes while the kernel runs.
 #pragma once
 #include "ptx/cuda.h"
 

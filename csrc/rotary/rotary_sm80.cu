@@ -1,8 +1,8 @@
 // rotary; see rotary.h for the formula.
 //
-// A block owns one token, that is all heads of one (b, t), so that the rows of cos and sin are read from memory once and
-// then from L1. A thread takes eight pairs (x[j], x[j + R/2]) of a head at a time, or eight of the elements from R on,
-// which are copied. Every element is read and written once; the gradient is the same kernel with -sin.
+// A block owns one token, that is all heads of one (b, t), so that the rows of cos and sin are read from memory once
+// and then from L1. A thread takes eight pairs (x[j], x[j + R/2]) of a head at a time, or eight of the elements from R
+// on, which are copied. Every element is read and written once; the gradient is the same kernel with -sin.
 #include "core/cuda_elements.h"
 #include "core/cuda_launch.h"
 #include "rotary/rotary_cuda.h"

@@ -91,8 +91,17 @@ def _function_case(work: _Work, dtype: torch.dtype, options: Options) -> Case:
         moved=int(work.values * dtype.itemsize),
         build=lambda: _contest(work, dtype, options),
         memory=work.op in ("attention", "linear_cross_entropy", "ffn") and options.size == "full",
-        options={name: value for name, value in work.call.items() if value not in (None, False)},
+        options=_shown(work.call),
     )
+
+
+def _shown(call: dict[str, object]) -> dict[str, object]:
+    """The arguments that tell one case from another; a tensor (a mask) by its shape."""
+    return {
+        name: "x".join(str(n) for n in value.shape) if isinstance(value, torch.Tensor) else value
+        for name, value in call.items()
+        if value is not None and value is not False
+    }
 
 
 def _random(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -143,15 +152,43 @@ def _norm(op: str, M: int, C: int, direction: str) -> _Work:
     return _Work(op, direction, {"M": M, "C": C}, inputs, {}, 0, 4 * M * C, natives)
 
 
+PRODUCTS = {"forward": 2, "backward": 5, "forward+backward": 7}  # backward: S again, dP, dQ, dK, dV
+PASSES = {"forward": 1, "backward": 2, "forward+backward": 3}  # over q, k, v, out or their gradients
+
+
 def _attention(B: int, Hq: int, Hkv: int, Tq: int, Tk: int, D: int, direction: str, **call) -> _Work:
     inputs = {"q": (B, Hq, Tq, D), "k": (B, Hkv, Tk, D), "v": (B, Hkv, Tk, D)}
-    visible = reference.visible(Tq, Tk, causal=call.get("causal", False), window=call.get("window"))
-    products = {"forward": 2, "backward": 5}[direction]  # backward: S again, dP, dQ, dK, dV
-    flops = products * 2 * B * Hq * D * visible.sum().item()
-    values = (2 * B * Hq * Tq * D + 2 * B * Hkv * Tk * D) * (2 if direction == "backward" else 1)
+    visible = reference.visible(Tq, Tk, causal=call.get("causal", False), window=call.get("window"))[None, None]
+    if "mask" in call:
+        visible = visible & call["mask"]
+    flops = PRODUCTS[direction] * 2 * B * Hq * D * visible.expand(B, 1, Tq, Tk).sum().item()
+    values = PASSES[direction] * (2 * B * Hq * Tq * D + 2 * B * Hkv * Tk * D)
     dims = {"B": B, "Hq": Hq, "Hkv": Hkv, "Tq": Tq, "Tk": Tk, "D": D}
-    natives = ("attention",) if direction == "forward" else ("attention_backward",)
-    return _Work("attention", direction, dims, inputs, call, flops, values, natives)
+    return _Work("attention", direction, dims, inputs, call, flops, values, _attention_natives(direction))
+
+
+def _padded(B: int, H: int, T: int, D: int, direction: str) -> _Work:
+    """Sequences of T, 3/4 T, 1/2 T, ... tokens in a batch padded to T, as a tokenizer's attention_mask has it."""
+    lengths = torch.tensor([max(1, T - i * T // 4) for i in range(B)])
+    mask = (torch.arange(T) < lengths[:, None])[:, None, None, :]
+    return _attention(B, H, H, T, T, D, direction, mask=mask)
+
+
+def _packed(documents: int, length: int, Hq: int, Hkv: int, D: int, direction: str) -> _Work:
+    """Documents one after another in one stream, without padding; each sees only itself."""
+    T = documents * length
+    bounds = torch.arange(0, T + 1, length, dtype=torch.int32)
+    inputs = {"q": (T, Hq, D), "k": (T, Hkv, D), "v": (T, Hkv, D), "cu_seqlens_q": bounds, "cu_seqlens_k": bounds}
+    flops = PRODUCTS[direction] * 2 * documents * Hq * D * length * (length + 1) / 2
+    values = PASSES[direction] * 2 * T * (Hq + Hkv) * D
+    dims = {"documents": documents, "T": T, "Hq": Hq, "Hkv": Hkv, "D": D}
+    natives = _attention_natives(direction)
+    return _Work("varlen_attention", direction, dims, inputs, {"causal": True}, flops, values, natives)
+
+
+def _attention_natives(direction: str) -> tuple[str, ...]:
+    both = {"forward": ("attention",), "backward": ("attention_backward",)}
+    return both.get(direction, ("attention", "attention_backward"))
 
 
 def _cross_entropy(M: int, C: int, V: int) -> _Work:
@@ -182,19 +219,26 @@ def _work(op: str, size: Size) -> list[_Work]:
         return work
     if op in ("add_layer_norm", "add_rms_norm"):
         shapes = [(5, 33)] if size == "smoke" else [(4096, 768)]
-        if size == "full" and op == "add_layer_norm":
+        if size == "full":
             shapes.append((65536, 768))  # far beyond the caches
         return [_norm(op, *shape, direction) for shape in shapes for direction in ("forward", "backward")]
     if op == "attention":
         if size == "smoke":
-            return [_attention(2, 4, 2, 9, 9, 20, d, causal=True) for d in ("forward", "backward")]
+            work = [_attention(2, 4, 2, 9, 9, 20, d, causal=True) for d in ("forward", "backward")]
+            return [*work, _padded(3, 2, 9, 20, "forward+backward")]
         B = 2 if size == "full" else 1
         work = [_attention(B, 12, 12, 1024, 1024, 64, d, causal=True) for d in ("forward", "backward")]
         if size == "full":
             work += [_attention(1, 9, 3, 2048, 2048, 64, d, causal=True, window=256) for d in ("forward", "backward")]
-            work.append(_attention(1, 8, 8, 1024, 1024, 128, "forward", causal=True))
+            work += [_attention(1, 12, 12, 1024, 1024, 128, d, causal=True) for d in ("forward", "backward")]
             work.append(_attention(8, 12, 12, 1, 1024, 64, "forward", causal=True))
+            work.append(_padded(4, 12, 1024, 64, "forward+backward"))
+            work.append(_attention(1, 12, 3, 2048, 2048, 64, "forward+backward", causal=True))
         return work
+    if op == "varlen_attention":
+        if size == "smoke":
+            return [_packed(3, 7, 4, 2, 20, "forward+backward")]
+        return [_packed(*((8, 512) if size == "full" else (4, 128)), 12, 12, 64, "forward+backward")]
     if op == "linear_cross_entropy":
         return [_cross_entropy(*{"full": (128, 768, 50257), "quick": (128, 256, 8192), "smoke": (7, 33, 101)}[size])]
     raise ValueError(f"op: got {op!r}, expected one of {', '.join(OPS)}")
@@ -248,7 +292,16 @@ def _adamw_case(dtype: torch.dtype, options: Options) -> Case:
     return Case("AdamW", "step", dtype, dims, 12 * count, moved, build)
 
 
-OPS = ("linear", "ffn", "attention", "add_layer_norm", "add_rms_norm", "linear_cross_entropy", "AdamW")
+OPS = (
+    "linear",
+    "ffn",
+    "attention",
+    "varlen_attention",
+    "add_layer_norm",
+    "add_rms_norm",
+    "linear_cross_entropy",
+    "AdamW",
+)
 
 
 def cases(

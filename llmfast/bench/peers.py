@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -84,6 +85,7 @@ def peers_of(op: str, call: dict[str, object], dtype: torch.dtype) -> dict[str, 
         "add_layer_norm": _add_layer_norm,
         "add_rms_norm": _add_rms_norm,
         "attention": _attention,
+        "varlen_attention": _varlen_attention,
         "linear_cross_entropy": _linear_cross_entropy,
     }
     return makers[op](dtype, **call)
@@ -131,21 +133,46 @@ def _add_rms_norm(dtype) -> dict[str, Peer | str]:
     return {"torch eager": Peer(eager)}
 
 
-def _attention(dtype, causal=False, window=None) -> dict[str, Peer | str]:
+def _attention(dtype, causal=False, window=None, mask=None) -> dict[str, Peer | str]:
     masks: dict[tuple[int, int], torch.Tensor] = {}
 
     def sdpa(q, k, v):
         sizes = q.shape[2], k.shape[2]
-        mask = None
-        if window is not None or (causal and sizes[0] not in (1, sizes[1])):
+        allowed = None
+        if mask is not None or window is not None or (causal and sizes[0] not in (1, sizes[1])):
             if sizes not in masks:  # made once: not part of what is timed
                 masks[sizes] = reference.visible(*sizes, causal=causal, window=window)
-            mask = masks[sizes]
-        is_causal = causal and mask is None and sizes[0] > 1
+                masks[sizes] = masks[sizes] if mask is None else masks[sizes] & mask
+            allowed = masks[sizes]
+        is_causal = causal and allowed is None and sizes[0] > 1
         gqa = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=gqa)
+        return F.scaled_dot_product_attention(q, k, v, allowed, is_causal=is_causal, enable_gqa=gqa)
 
     return {"torch SDPA": Peer(sdpa)}
+
+
+def _varlen_attention(dtype, causal) -> dict[str, Peer | str]:
+    masks: dict[int, torch.Tensor] = {}
+
+    def masked(q, k, v, cu_seqlens_q, cu_seqlens_k):
+        """All documents at once, as SDPA's users do it: a mask keeps them apart."""
+        T = q.shape[0]
+        if T not in masks:
+            document = torch.bucketize(torch.arange(T), cu_seqlens_q[1:], right=True)
+            masks[T] = reference.visible(T, T, causal=causal) & (document[:, None] == document)
+        q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, masks[T], enable_gqa=q.shape[1] != k.shape[1])
+        return out[0].transpose(0, 1)
+
+    def one_by_one(q, k, v, cu_seqlens_q, cu_seqlens_k):
+        outs = []
+        for a, b in itertools.pairwise(cu_seqlens_q.tolist()):
+            piece = (t[a:b].transpose(0, 1)[None] for t in (q, k, v))
+            out = F.scaled_dot_product_attention(*piece, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+            outs.append(out[0].transpose(0, 1))
+        return torch.cat(outs)
+
+    return {"torch SDPA, mask": Peer(masked), "torch SDPA, one by one": Peer(one_by_one)}
 
 
 def _linear_cross_entropy(dtype) -> dict[str, Peer | str]:

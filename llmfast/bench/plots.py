@@ -43,6 +43,7 @@ def write(rows: Sequence[dict], folder: Path) -> list[Path]:
 def _sweep(rows: Sequence[dict], sweep: str, path: Path) -> Path:
     """Measured points, and the fitted power laws as thin lines."""
     from matplotlib import pyplot
+    from matplotlib.ticker import NullFormatter
 
     trends = scale.trends(rows)
     figure, axes = pyplot.subplots(1, len(PANELS), figsize=(15, 4.5), layout="constrained")
@@ -55,7 +56,10 @@ def _sweep(rows: Sequence[dict], sweep: str, path: Path) -> Path:
             trend = trends.get((sweep, provider, what))
             if trend:
                 axis.plot(xs, [trend(x) for x in xs], ":", color=f"C{i}", label=f"∝ x^{trend.exponent:.2f}")
-        axis.set_xscale("log", base=10 if sweep == "parameters" else 2)
+        ticks = sorted({row["x"] for row in rows})
+        axis.set_xscale("log")
+        axis.set_xticks(ticks, [tables.count(x) for x in ticks], minor=False)
+        axis.xaxis.set_minor_formatter(NullFormatter())
         if what == "share":
             axis.set_ylim(0, 1)
         else:

@@ -27,8 +27,9 @@ COMPARED = 4  # losses
 WARM_AT_ONCE = 10.0  # seconds: one step this long warms up all there is to warm up
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-3}  # of the loss, which starts near log(V)
 ONE_TOKEN = 10.0  # times that for the loss of B tokens instead of B * T
-# What takes seconds to import. Not llmfast: this search starts in the working directory, which may be a checkout of it.
-PRELOAD = ["torch", "transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama"]
+# Takes seconds to import. Not transformers, which would count as llmfast's memory too; and not llmfast, because the search
+# for it starts in the working directory, which may be a checkout that was never built.
+PRELOAD = ["torch"]
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def _context() -> multiprocessing.context.BaseContext:
 class _Worker:
     def __init__(self, spec: StepSpec, timeout: float) -> None:
         context = _context()
-        self.timeout = timeout
+        self.spec, self.timeout = spec, timeout
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, spec), daemon=True)
         self.process.start()
@@ -188,8 +189,13 @@ def measure_step(
             if isinstance(spec, str):
                 found[name].update(status="not run", note=spec)
                 continue
+            workers[name] = _Worker(spec, timeout)  # all of them start at once: imports and weights take seconds
+        progress(f"{case.label}: starting")
+        for name in list(workers):
+            _guard(found[name], workers, name, lambda n=name: workers[n].ask(None, STARTING))
+        for name in list(workers):
             progress(f"{case.label}: {name}, first steps")
-            _guard(found[name], workers, name, lambda s=spec, n=name: _start(n, s, workers, found[n], timeout, budget))
+            _guard(found[name], workers, name, lambda n=name: _warm_up(workers[n], found[n], budget))
         _check_losses(found, _tolerance(case))
         if budget.timed:
             _time(case, found, workers, budget, progress)
@@ -211,12 +217,11 @@ def _guard(entry: dict, workers: dict[str, _Worker], name: str, action: Callable
             workers.pop(name).close()
 
 
-def _start(name: str, spec: StepSpec, workers: dict, entry: dict, timeout: float, budget: Budget) -> None:
-    """Two steps to warm up, or one if that is slow."""
-    workers[name] = worker = _Worker(spec, timeout)
-    worker.ask(None, STARTING)
-    steps = [worker.ask("step", COMPILING if spec.compile else 0.0)]
-    if spec.compile or steps[0]["seconds"] < min(WARM_AT_ONCE, budget.slow):
+def _warm_up(worker: _Worker, entry: dict, budget: Budget) -> None:
+    """Two steps, or one if that is slow."""
+    compile = worker.spec.compile
+    steps = [worker.ask("step", COMPILING if compile else 0.0)]
+    if compile or steps[0]["seconds"] < min(WARM_AT_ONCE, budget.slow):
         steps.append(worker.ask("step"))
     entry.update(status="ok", losses=[s["loss"] for s in steps], warm_up_s=[round(s["seconds"], 4) for s in steps])
 

@@ -10,7 +10,18 @@ from rich.text import Text
 
 from llmfast.bench import scale
 
-__all__ = ["COLUMNS", "SCALE_COLUMNS", "cells", "headline", "markdown", "problems", "share", "terminal", "trend_lines"]
+__all__ = [
+    "COLUMNS",
+    "SCALE_COLUMNS",
+    "cells",
+    "count",
+    "headline",
+    "markdown",
+    "problems",
+    "share",
+    "terminal",
+    "trend_lines",
+]
 
 COLUMNS = ("what", "dtype", "size", "llmfast", "best of the others", "ratio", "of limit", "notes")
 SCALE_COLUMNS = ("sweep", "size", "llmfast tokens/s", "best of the others", "ratio", "MFU", "memory, MB", "notes")
@@ -52,7 +63,7 @@ def scale_cells(row: dict) -> tuple[str, ...]:
 
     rest = {name: value for name, value in dims.items() if name not in ("sweep", "parameters")}
     text = f"{size({'parameters': dims['parameters']})} {size(rest)}" + (
-        f" {row['threads']} threads" if dims["sweep"] == "threads" else ""
+        f" threads={row['threads']}" if dims["sweep"] == "threads" else ""
     )
     memory = " vs ".join(f"{p['memory_mb']:,.0f}" for p in (ours, peer) if p.get("memory_mb"))
     return (
@@ -61,7 +72,7 @@ def scale_cells(row: dict) -> tuple[str, ...]:
         speed(ours),
         f"{speed(peer)} {best['peer']}" if best["peer"] else "–",
         f"{best['ratio']:.2f}×" if best["ratio"] else "–",
-        share(row, ours),
+        share(row, ours).removesuffix(" compute"),
         memory or "–",
         notes(row, memory=False),
     )
@@ -118,10 +129,14 @@ def size(dims: dict) -> str:
         elif name in ("model", "activation"):
             parts.append(str(value))
         elif name in ("parameters", "tensors"):
-            parts.append(f"{value / 1e6:.0f}M {name}" if value >= 1e6 else f"{value} {name}")
+            parts.append(f"{count(value)} {name}")
         else:
             parts.append(f"{name}={value}")
     return " ".join(parts)
+
+
+def count(value: float) -> str:
+    return f"{value / 1e9:.1f}B" if value >= 1e9 else f"{value / 1e6:.0f}M" if value >= 1e6 else f"{value:g}"
 
 
 def notes(row: dict, memory: bool = True) -> str:

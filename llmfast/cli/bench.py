@@ -42,8 +42,8 @@ class BenchConfig:
     plot: Path | None = None
     """Also draw pictures (PNG) into this folder; needs matplotlib."""
     only: str | None = None
-    """Only these ops, separated by commas: linear, ffn, attention, add_layer_norm, add_rms_norm, linear_cross_entropy,
-    AdamW. For scale, these sweeps: parameters, T (sequence length), B (batch), threads."""
+    """Only these ops, separated by commas: linear, ffn, attention, varlen_attention, add_layer_norm, add_rms_norm,
+    linear_cross_entropy, AdamW. For scale, these sweeps: parameters, T (sequence length), B (batch), threads."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Only this dtype; default: float32 and bfloat16; for scale bfloat16 where AMX has it, else float32."""
     threads: int | None = None
@@ -92,7 +92,7 @@ class BenchConfig:
 OP_BUDGETS = {"full": Budget(), "quick": Budget(seconds=0.5, slow=1.0, case=6.0), "smoke": Budget(timed=False)}
 STEP_BUDGETS = {
     "full": Budget(seconds=10.0, rounds=(3, 40), slow=60.0),
-    "quick": Budget(seconds=2.0, rounds=(3, 20), slow=5.0),
+    "quick": Budget(seconds=1.5, rounds=(3, 20), slow=5.0),
     "smoke": Budget(timed=False),
 }
 
@@ -218,9 +218,10 @@ def _step_cases(config: BenchConfig, size: str) -> list[StepCase]:
     common = dict(compile=config.compile, malloc=config.malloc)
     found = [StepCase(*s, **common) for s in sizes if s[1] in config.dtypes]
     for preset, dtype in dict.fromkeys((case.preset, case.dtype) for case in found):
-        context = PRESETS[preset].context
-        T = min(config.sequence or (32 if size == "smoke" else 1024), context - 1)
-        found.append(StepCase(preset, dtype, 1, T, task="prefill", **common))
-        for B in (1,) if size == "smoke" else (1, 8):
-            found.append(StepCase(preset, dtype, B, T, task="decode", **common))
+        if size == "quick" and dtype != found[0].dtype:
+            continue
+        T, context = config.sequence or (32 if size == "smoke" else 1024), PRESETS[preset].context
+        found.append(StepCase(preset, dtype, 1, min(T, context), task="prefill", **common))
+        for B in (1, 8) if size == "full" else (1,):
+            found.append(StepCase(preset, dtype, B, min(T, context - 1), task="decode", **common))
     return found

@@ -103,7 +103,8 @@ def _load(config: GenerateConfig) -> tuple[GPT, Tokenizer]:
     path = Path(config.model)
     dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
     gguf = gguf_file(path)
-    if gguf is not None or ((path / "config.json").is_file() and not (path / "state.json").is_file()):
+    ours = (path / "checkpoints").is_dir() or (path / "state.json").is_file()
+    if gguf is not None or ((path / "config.json").is_file() and not ours):
         model = GPT.from_pretrained(path, dtype or (torch.bfloat16 if gguf else None))
         return model, load_tokenizer(path)
     model, tokenizer = load_model(path, dtype)

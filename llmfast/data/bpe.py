@@ -65,7 +65,9 @@ class BPETokenizer(Tokenizer):
         if eot is not None and self.eot_id is None:
             raise ValueError(f"eot is {eot!r}, which is not among the {self.vocab_size} tokens of the vocabulary")
         self.bos_id = None if bos is None else self._vocab.get(bos)
-        self.prefix_ids = tuple(hf.encode("", add_special_tokens=True).ids)
+        marked = hf.encode("x", add_special_tokens=True)
+        ours = marked.special_tokens_mask.index(0) if 0 in marked.special_tokens_mask else 0
+        self.prefix_ids = tuple(marked.ids[:ours])
         self.chat_template = chat_template
         self._stops = tuple(stops)
 

@@ -55,6 +55,10 @@ class Block(nn.Module):
         normed, stream = self.ffn_norm(x, stream)
         return self.ffn(normed), stream
 
+    def __getstate__(self) -> dict:
+        """For copies and pickles: without what `fused_block` keeps here, which can be made again."""
+        return {name: value for name, value in self.__dict__.items() if name != "_native_settings"}
+
 
 class GPT(nn.Module):
     """A language model of `GPTConfig`'s shape, freshly initialised as GPT-2 is (Radford et al. 2019, section 2.3).

@@ -104,6 +104,8 @@ class SafetensorsFolder:
         else:
             other = next((file.name for file in folder.glob("pytorch_model*.bin*")), None)
             hint = f"; {other} is in torch's pickle format, save it as safetensors first" if other else ""
+            if (folder / "checkpoints").is_dir():
+                hint = "; it is a run of llmfast, name one of the folders in its checkpoints"
             raise FileNotFoundError(f"{folder}: holds neither {WEIGHTS_FILE} nor {INDEX_FILE}{hint}")
 
     def _handle(self, file: str):

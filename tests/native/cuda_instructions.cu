@@ -1,6 +1,6 @@
 // What kernels assume of the instructions in csrc/ptx, against plain loops over the definitions of the PTX ISA.
-// test_cuda_emulation.py builds it with the C++ compiler on the emulated machine, and with nvcc where there is a GPU, so
-// that both are held to the same expectations.
+// test_cuda_emulation.py builds it with the C++ compiler on the emulated machine, and with nvcc where there is a GPU,
+// so that both are held to the same expectations.
 //   cuda_instructions            runs all checks; exit status 0 if they hold
 //   cuda_instructions MISTAKE    commits a programming error that the emulation must report
 #include <cmath>
@@ -82,7 +82,8 @@ __global__ void ldmatrix_kernel(const uint16_t* rows, uint32_t* plain, uint32_t*
 void ldmatrix_layout() {
   uint16_t* rows = allocate<uint16_t>(256);
   uint32_t *plain = allocate<uint32_t>(128), *transposed = allocate<uint32_t>(128), *pair = allocate<uint32_t>(64);
-  for (int i = 0; i < 256; ++i) rows[i] = static_cast<uint16_t>(1000 + i);  // matrix i / 64, row i / 8 % 8, column i % 8
+  // Element i: matrix i / 64, row i / 8 % 8, column i % 8.
+  for (int i = 0; i < 256; ++i) rows[i] = static_cast<uint16_t>(1000 + i);
   run(32, 32 * kPitch, ldmatrix_kernel, rows, plain, transposed, pair);
   for (int lane = 0; lane < 32; ++lane)
     for (int matrix = 0; matrix < 4; ++matrix)
@@ -95,7 +96,7 @@ void ldmatrix_layout() {
       }
 }
 
-// ---- mma, fed as kernels feed it: cp.async, ldmatrix -------------------------------------------------------------------
+// ---- mma, fed as kernels feed it: cp.async, ldmatrix ----------------------------------------------------------------
 
 // d[16,8] = a[16,16] b; b is [n,k] in b_rows and [k,n] in b_columns.
 template <class T>
@@ -140,7 +141,7 @@ void mma_is_a_product(const char* name) {
     }
 }
 
-// ---- warps, barriers, copies -------------------------------------------------------------------------------------------
+// ---- warps, barriers, copies ----------------------------------------------------------------------------------------
 
 __global__ void warp_kernel(int* out) {
   const int id = lane();
@@ -209,7 +210,7 @@ void block_instructions() {
   for (int i = 0; i < 64; ++i) check(out[520 + i] == static_cast<float>(1000 + i), "a named barrier", i);
 }
 
-// ---- numbers -----------------------------------------------------------------------------------------------------------
+// ---- numbers --------------------------------------------------------------------------------------------------------
 
 template <class T>
 __global__ void convert_kernel(uint16_t* again, uint16_t* rounded, float* functions) {
@@ -245,7 +246,7 @@ void conversions(const char* name, int infinity) {
   for (int i = 0; i < 1024; ++i) check(std::fabs(functions[i] - 1) < (i % 4 == 2 ? 6e-4 : 1e-6), "approximations", i);
 }
 
-// ---- mistakes ----------------------------------------------------------------------------------------------------------
+// ---- mistakes -------------------------------------------------------------------------------------------------------
 
 #ifndef __CUDACC__
 

@@ -96,9 +96,10 @@ void check_schedule() {
     for (const int64_t N : {1, 65, 3072})
       for (const int64_t K : {0, 1, 512, 1023, 1024, 16384}) {
         const GemmShape shape{M, N, K};
-        const int64_t parts = depth_parts(shape), depth = part_depth(K, parts);
+        const int64_t parts = gemm_plan(shape, true).parts, depth = part_depth(K, parts);
         CHECK(parts >= 1 && parts * depth >= K && depth % 64 == 0);
-        CHECK(parts == 1 || depth >= kLeastDepth);
+        CHECK(parts == 1 || K / parts >= kLeastDepth / 2);
+        CHECK(gemm_plan(shape, false).parts == 1);
         CHECK(parts_workspace(shape) == (parts > 1 ? parts * M * N : 0));
       }
 }

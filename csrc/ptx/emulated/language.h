@@ -98,7 +98,9 @@ inline void __syncwarp(uint32_t mask = 0xffffffffu) {
 
 namespace llmfast::emulated {
 
-inline int lane() { return static_cast<int>((threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32); }
+inline int lane() {
+  return static_cast<int>((threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32);
+}
 
 // Every lane gets the value of lane `source`.
 template <class T>
@@ -212,7 +214,8 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
     for (int lane = 0; lane < 32; ++lane) {
       const int g = lane / 4, t = lane % 4;
       for (int half = 0; half < 2; ++half) {
-        for (int i = 0; i < 4; ++i) A[g + 8 * (i % 2)][2 * t + 8 * (i / 2) + half] = half_of<T>(lanes[lane]->a[i], half);
+        for (int i = 0; i < 4; ++i)
+          A[g + 8 * (i % 2)][2 * t + 8 * (i / 2) + half] = half_of<T>(lanes[lane]->a[i], half);
         for (int i = 0; i < 2; ++i) B[2 * t + 8 * i + half][g] = half_of<T>(lanes[lane]->b[i], half);
       }
     }

@@ -91,11 +91,13 @@ void thread_exits(Machine& m);
 void fiber() {
   Machine& m = machine();
   for (;;) {
+    std::string error;
     try {
       (*m.kernel)();
     } catch (const std::exception& e) {
-      fail(e.what());
+      error = e.what();
     }
+    if (!error.empty()) fail(error);
     thread_exits(m);
     switch_context(m.threads[m.running].context, m.scheduler);
   }
@@ -277,7 +279,8 @@ Meeting* arrive(uint32_t mask, const char* instruction, void* operands) {
   auto& meetings = m.meetings[m.running / kWarp];
   if (!(mask >> lane & 1)) fail(std::string(instruction) + " by a lane that is not in its own mask");
   auto found = std::find_if(meetings.begin(), meetings.end(), [&](const auto& it) { return it->mask == mask; });
-  if (found == meetings.end()) found = meetings.insert(found, std::make_unique<Meeting>(Meeting{instruction, mask, 0, {}}));
+  if (found == meetings.end())
+    found = meetings.insert(found, std::make_unique<Meeting>(Meeting{instruction, mask, 0, {}}));
   Meeting* meeting = found->get();
   if (std::strcmp(meeting->instruction, instruction) != 0)
     fail(std::string(instruction) + " while other lanes of the warp are at " + meeting->instruction);
@@ -321,7 +324,8 @@ void* shared_pointer(uint32_t address, int bytes, const char* instruction) {
 void copy_async(uint32_t to, const void* from, int size, int valid) {
   Machine& m = machine();
   void* destination = shared_pointer(to, size, "cp.async");
-  if (valid < 0 || valid > size) fail("cp.async of " + std::to_string(valid) + " of " + std::to_string(size) + " bytes");
+  if (valid < 0 || valid > size)
+    fail("cp.async of " + std::to_string(valid) + " of " + std::to_string(size) + " bytes");
   if (valid > 0) require_aligned(from, size, "cp.async");
   std::memset(destination, kPoison, size);
   Thread& thread = m.threads[m.running];

@@ -1,10 +1,11 @@
-// A GPU for tests: runs a kernel's blocks one after another, each thread of a block as a fiber of its own on the calling
-// host thread. A fiber runs until it has to wait for others, so nothing but barriers and warp instructions orders the
-// threads, and which one runs next is LLMFAST_EMULATE_ORDER: forward (default), reverse, or a number that seeds a random
-// choice. A missing barrier is then a wrong result in one order or another.
+// A GPU for tests: runs a kernel's blocks one after another, each thread of a block as a fiber of its own on the
+// calling host thread. A fiber runs until it has to wait for others, so nothing but barriers and warp instructions
+// orders the threads, and which one runs next is LLMFAST_EMULATE_ORDER: forward (default), reverse, or a number that
+// seeds a random choice. A missing barrier is then a wrong result in one order or another.
 //
 // Reported as an error that ends the launch (std::runtime_error from run()):
-//   - threads that wait for others which never come (divergent or unequal barriers, lanes missing at a warp instruction)
+//   - threads that wait for others which never come (divergent or unequal barriers, lanes missing at a warp
+//     instruction)
 //   - __syncthreads met at different lines, lanes of a warp that meet at different instructions
 //   - misaligned addresses, shared addresses out of bounds, writes around the dynamic shared memory
 //   - cp.async never waited for; its destination holds NaN until the wait, as does dynamic shared memory at the start

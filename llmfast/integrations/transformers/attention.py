@@ -8,8 +8,11 @@ from torch import Tensor, nn
 
 from llmfast import backend, ops
 from llmfast.integrations.transformers.masks import Mask, dense, read
+from llmfast.ops._native_op import overrides_torch
 
 __all__ = ["attention_forward"]
+
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def attention_forward(
@@ -35,7 +38,8 @@ def attention_forward(
         module: the attention layer; its `is_causal` holds where neither `is_causal` nor a mask says otherwise.
         query: ``[B, Hq, Tq, D]``. key: ``[B, Hkv, Tk, D]``. value: ``[B, Hkv, Tk, Dv]``, heads not repeated.
         attention_mask: from `masks.build`, or a caller's own boolean or additive mask ``[B or 1, Hq or 1, Tq, Tk]``.
-        dropout: of attention weights. Above 0 the layer runs in plain torch, counted.
+        dropout: of attention weights. Above 0 the layer runs in plain torch, counted; so do other dtypes than float32,
+            bfloat16 and float16, and tensors of a class with its own idea of torch's functions.
         sliding_window: a query sees itself and the sliding_window - 1 keys before it (causal layers).
         s_aux: ``[Hq]``, a sink per head: one more score in the softmax, with no value.
         position_bias: added to the scores, broadcastable to ``[B, Hq, Tq, Tk]``.
@@ -60,8 +64,9 @@ def attention_forward(
         mask = Mask(False, visible=_add_bias(position_bias, dense(mask, query.shape[2], key.shape[2], query.device)))
     if query.shape[0] != key.shape[0]:  # learned queries, shared by the batch
         query = query.expand(key.shape[0], -1, -1, -1)
-    if dropout > 0 or (s_aux is not None and not query.is_cpu):
-        out = _plain(query, key, value, mask, dropout, scaling, softcap, s_aux)
+    reason = _why_plain(query, dropout, s_aux)
+    if reason:
+        out = _plain(reason, query, key, value, mask, dropout, scaling, softcap, s_aux)
     elif s_aux is not None:
         out = _with_sinks(query, key, value, mask, scaling, softcap, s_aux)
     else:
@@ -81,15 +86,18 @@ def attention_forward(
 def _packed(query, key, value, mask: Mask, bounds_q, bounds_k, dropout, scaling, softcap, s_aux) -> Tensor:
     """Packed sequences: the batch is one stream of tokens. ``[B, Tq, Hq, Dv]``."""
     B, _, Tq, _ = query.shape
-    if dropout > 0 or s_aux is not None:
+    reason = _why_plain(query, dropout, s_aux)
+    if reason or s_aux is not None:
         segment_q, segment_k = _segments(bounds_q, B, Tq), _segments(bounds_k, B, key.shape[2])
         visible = (segment_q[:, :, None] == segment_k[:, None, :])[:, None]
         if mask.causal:
             visible = visible & dense(Mask(True, mask.window), Tq, key.shape[2], query.device)
         mask = Mask(False, visible=visible)
-        if s_aux is not None and dropout == 0 and query.is_cpu:
-            return _with_sinks(query, key, value, mask, scaling, softcap, s_aux).transpose(1, 2).contiguous()
-        return _plain(query, key, value, mask, dropout, scaling, softcap, s_aux).transpose(1, 2).contiguous()
+        if reason:
+            out = _plain(reason, query, key, value, mask, dropout, scaling, softcap, s_aux)
+        else:
+            out = _with_sinks(query, key, value, mask, scaling, softcap, s_aux)
+        return out.transpose(1, 2).contiguous()
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     window = mask.window if mask.causal else None
     out = ops.varlen_attention(
@@ -109,9 +117,20 @@ def _add_bias(bias: Tensor, mask: Tensor | None) -> Tensor:
     return bias + mask if mask.is_floating_point() else bias.masked_fill(~mask, float("-inf"))
 
 
-def _plain(query, key, value, mask: Mask, dropout, scaling, softcap, s_aux) -> Tensor:
-    """Plain torch, for what no kernel does: dropout of attention weights."""
-    backend.count_fallback("attention", "dropout" if dropout > 0 else f"sinks on {query.device.type}")
+def _why_plain(query: Tensor, dropout: float, s_aux: Tensor | None) -> str | None:
+    if dropout > 0:
+        return "dropout"
+    if query.dtype not in _FLOATING:
+        return f"dtype {query.dtype}"
+    if overrides_torch(query):
+        return f"a {type(query).__name__}"
+    if s_aux is not None and not query.is_cpu:
+        return f"sinks on {query.device.type}"
+    return None
+
+
+def _plain(reason: str, query, key, value, mask: Mask, dropout, scaling, softcap, s_aux) -> Tensor:
+    backend.count_fallback("attention", reason)
     visible = dense(mask, query.shape[2], key.shape[2], query.device)
     if not softcap and s_aux is None:
         gqa = query.shape[1] != key.shape[1]

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from llmfast import ops
 from llmfast.integrations.transformers.attention import attention_forward
+from llmfast.ops._native_op import overrides_torch
 
 __all__ = ["ACTIVATIONS", "REPLACEMENTS", "is_ours"]
 
@@ -58,6 +59,11 @@ def _plain(*modules: nn.Module) -> bool:
     return True
 
 
+def _takes(x: Tensor, *weights: Tensor | None) -> bool:
+    """Whether the kernels take these; float64, quantized weights, DTensor and the like stay with torch."""
+    return x.dtype in _FLOATING and not overrides_torch(x) and not any(overrides_torch(w) for w in weights)
+
+
 def _unhooked(module: nn.Module) -> bool:
     return not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
@@ -73,19 +79,21 @@ def _activation(function: object) -> str | None:
 
 @_replacement
 def linear(self: nn.Linear, input: Tensor) -> Tensor:
-    if input.dtype not in _FLOATING or not isinstance(input, Tensor):
+    weight, bias = self.weight, self.bias
+    if not _takes(input, weight, bias):
         return nn.Linear.forward(self, input)
-    return ops.linear(input, self.weight, self.bias)
+    return ops.linear(input, weight, bias)
 
 
 @_replacement
 def conv1d(self: Conv1D, x: Tensor) -> Tensor:
     weight, bias = self.weight, self.bias
-    if x.dtype not in _FLOATING:
+    if not _takes(x, weight, bias):
         return Conv1D.forward(self, x)
-    if torch.compiler.is_compiling() or not weight.requires_grad or torch.is_autocast_enabled(x.device.type):
+    trains = torch.is_grad_enabled() and weight.requires_grad and x.is_cpu
+    if torch.compiler.is_compiling() or not trains or torch.is_autocast_enabled(x.device.type):
         return ops.linear(x, weight.t(), bias)
-    return _Conv1D.apply(x, weight, bias) if x.is_cpu else Conv1D.forward(self, x)
+    return _Conv1D.apply(x, weight, bias)
 
 
 class _Conv1D(torch.autograd.Function):
@@ -114,14 +122,14 @@ class _Conv1D(torch.autograd.Function):
 
 @_replacement
 def layer_norm(self: nn.LayerNorm, input: Tensor) -> Tensor:
-    if input.dtype not in _FLOATING:
+    if not _takes(input, self.weight, self.bias):
         return nn.LayerNorm.forward(self, input)
     return ops.add_layer_norm(input, None, self.weight, self.bias, self.eps)[0]
 
 
 @_replacement
 def rms_norm(self: nn.Module, hidden_states: Tensor) -> Tensor:
-    if hidden_states.dtype not in _FLOATING:
+    if not _takes(hidden_states, self.weight):
         return type(self).forward(self, hidden_states)
     return ops.add_rms_norm(
         hidden_states,
@@ -134,7 +142,7 @@ def rms_norm(self: nn.Module, hidden_states: Tensor) -> Tensor:
 
 @_replacement
 def gemma_rms_norm(self: nn.Module, x: Tensor) -> Tensor:
-    if x.dtype not in _FLOATING:
+    if not _takes(x, self.weight):
         return type(self).forward(self, x)
     return ops.add_rms_norm(x, None, 1.0 + self.weight.float(), self.eps)[0]
 
@@ -142,7 +150,7 @@ def gemma_rms_norm(self: nn.Module, x: Tensor) -> Tensor:
 def _add_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """``(norm(x + residual), x + residual)``."""
     dtype = torch.promote_types(x.dtype, residual.dtype)
-    if dtype != residual.dtype or dtype not in _FLOATING or not _plain(norm):
+    if dtype != residual.dtype or not _plain(norm) or not (_takes(x, norm.weight) and _takes(residual)):
         summed = residual + x
         return norm(summed), summed
     kind = norm.forward.__func__.kind
@@ -164,7 +172,7 @@ def _weight(layer: nn.Module) -> Tensor:
 def _two_layers(x: Tensor, up: nn.Module, activation: Callable, down: nn.Module) -> Tensor:
     """``down(activation(up(x)))``."""
     name = _activation(activation)
-    if name is None or x.dtype not in _FLOATING or not _plain(up, down):
+    if name is None or not _plain(up, down) or not _takes(x, up.weight, down.weight):
         return down(activation(up(x)))
     return ops.ffn(x, _weight(up), up.bias, _weight(down), down.bias, activation=name)
 
@@ -173,7 +181,8 @@ def _two_layers(x: Tensor, up: nn.Module, activation: Callable, down: nn.Module)
 def gated_mlp(self: nn.Module, x: Tensor) -> Tensor:
     gate, up, down = self.gate_proj, self.up_proj, self.down_proj
     name = _activation(self.act_fn)
-    if name is None or x.dtype not in _FLOATING or not _plain(gate, up, down) or gate.bias is not None:
+    fused = name is not None and _plain(gate, up, down) and _takes(x, gate.weight, up.weight, down.weight)
+    if not fused or gate.bias is not None:
         return down(self.act_fn(gate(x)) * up(x))
     return ops.ffn(x, up.weight, up.bias, down.weight, down.bias, activation=name, gate_weight=gate.weight)
 
@@ -182,7 +191,7 @@ def gated_mlp(self: nn.Module, x: Tensor) -> Tensor:
 def phi3_mlp(self: nn.Module, hidden_states: Tensor) -> Tensor:
     both, down = self.gate_up_proj, self.down_proj
     name = _activation(self.activation_fn)
-    if name is None or hidden_states.dtype not in _FLOATING or not _plain(both, down):
+    if name is None or not _plain(both, down) or not _takes(hidden_states, both.weight, down.weight):
         gate, up = both(hidden_states).chunk(2, dim=-1)
         return down(up * self.activation_fn(gate))
     gate_weight, up_weight = both.weight.chunk(2)
@@ -218,9 +227,9 @@ def _attend(self: nn.Module, q, k, v, attention_mask, cache, softcap=None, **kwa
     return out.flatten(2)
 
 
-def _runs_elsewhere(self: nn.Module) -> bool:
-    """The user has chosen another attention implementation since the patch."""
-    return self.config._attn_implementation != "llmfast"
+def _runs_elsewhere(self: nn.Module, hidden_states: Tensor) -> bool:
+    """Another attention implementation was chosen since the patch, or the kernels do not take these tensors."""
+    return self.config._attn_implementation != "llmfast" or not _takes(hidden_states)
 
 
 @_replacement
@@ -241,7 +250,7 @@ def capped_rotary_attention(
 
 
 def _rotary_attention(self, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs):
-    if _runs_elsewhere(self):
+    if _runs_elsewhere(self, hidden_states):
         kwargs.pop("softcap", None)
         return type(self).forward(self, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
     shape = (*hidden_states.shape[:-1], -1, self.head_dim)
@@ -260,7 +269,7 @@ def _rotary_attention(self, hidden_states, position_embeddings, attention_mask, 
 def phi3_attention(
     self: nn.Module, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs
 ):
-    if _runs_elsewhere(self):
+    if _runs_elsewhere(self, hidden_states):
         return type(self).forward(self, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
     heads, kv_heads = self.config.num_attention_heads, self.num_key_value_heads
     qkv = self.qkv_proj(hidden_states).view(*hidden_states.shape[:-1], -1, self.head_dim)
@@ -273,7 +282,7 @@ def phi3_attention(
 def gpt_neox_attention(
     self: nn.Module, hidden_states, attention_mask=None, layer_past=None, position_embeddings=None, **kwargs
 ):
-    if _runs_elsewhere(self):
+    if _runs_elsewhere(self, hidden_states):
         return type(self).forward(self, hidden_states, attention_mask, layer_past, position_embeddings, **kwargs)
     qkv = self.query_key_value(hidden_states).view(*hidden_states.shape[:-1], -1, 3 * self.head_size)
     q, k, v = qkv.transpose(1, 2).chunk(3, dim=-1)

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from llmfast import ops
-from llmfast.integrations.transformers.layers import _FLOATING, _replacement
+from llmfast.integrations.transformers.layers import _replacement, _takes
 from llmfast.ops._native_op import autocast
 
 __all__ = ["LazyLogits", "causal_lm_loss"]
@@ -71,7 +71,7 @@ _DESCRIBES = {
 
 @_replacement
 def lm_head(self: nn.Linear, input: Tensor) -> Tensor:
-    if input.dtype not in _FLOATING:
+    if not _takes(input, self.weight):
         return nn.Linear.forward(self, input)
     if not (self.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
         return ops.linear(input, self.weight, self.bias)
