@@ -1,8 +1,8 @@
 // Products with few rows of A (decode, small batches), where B = W^T for a weight W[N,K] with contiguous rows: dot products
-// straight from W, no packing. W is read from memory once for up to kFewRows rows; with 1 to kTileRows of them that is
+// straight from W, no packing. W is read from memory once for up to kFewRows rows; with 1 to kDotRows of them that is
 // what the time goes into.
 //
-// Up to kTileRows rows take one row of W at a time: one stream is what the prefetcher follows (Zen 3, bf16, K = 576,
+// Up to kDotRows rows take one row of W at a time: one stream is what the prefetcher follows (Zen 3, bf16, K = 576,
 // two threads: 26 GB/s; four rows of W side by side 8 to 15). More rows are bound by fma, and take two rows of W, which
 // stay in L1 for all of them.
 #pragma once
@@ -13,7 +13,7 @@
 namespace llmfast::LLMFAST_TARGET {
 
 constexpr int kFewRows = 16;
-constexpr int kTileRows = 4;
+constexpr int kDotRows = 4;
 constexpr int64_t kAhead = 1024;  // bytes; 512 and 2048 are slower
 
 template <class T>
@@ -89,7 +89,7 @@ void dot_columns(const float* x, const T* w, int64_t ldw, int64_t K, int64_t cou
   for (int64_t j = 0; j < count; ++j) dot_row<kM>(x, K, w + j * ldw, K, out + j, ldo);
 }
 
-// M > kTileRows rows of x with `count` rows of w.
+// M > kDotRows rows of x with `count` rows of w.
 template <class T>
 void dot_tiles(const float* x, int64_t M, const T* w, int64_t ldw, int64_t K, int64_t count, float* out, int64_t ldo) {
   for (int64_t j = 0; j < count; j += 2) {
@@ -100,8 +100,8 @@ void dot_tiles(const float* x, int64_t M, const T* w, int64_t ldw, int64_t K, in
     }
     int64_t m = 0;
     if (j + 2 <= count) {
-      for (; m + kTileRows <= M; m += kTileRows)
-        dot_block<kTileRows, 2>(x + m * K, K, rows, ldw, K, out + m * ldo + j, ldo);
+      for (; m + kDotRows <= M; m += kDotRows)
+        dot_block<kDotRows, 2>(x + m * K, K, rows, ldw, K, out + m * ldo + j, ldo);
       for (; m < M; ++m) dot_block<1, 2>(x + m * K, K, rows, ldw, K, out + m * ldo + j, ldo);
     } else {
       for (; m < M; ++m) dot_row<1>(x + m * K, K, rows, K, out + m * ldo + j, ldo);

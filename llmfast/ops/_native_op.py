@@ -25,6 +25,7 @@ __all__ = [
     "check_shape",
     "check_tensor",
     "dense",
+    "is_eager",
     "overrides_torch",
 ]
 
@@ -121,6 +122,16 @@ def _functorch_function(name: str, op: Callable, setup_context: Callable | None,
         "generate_vmap_rule": True,
     }
     return type(name, (torch.autograd.Function,), methods)
+
+
+def is_eager(device: str = "cpu") -> bool:
+    """Whether an op is called by plain eager code: no compiler, dispatch mode, functorch transform or autocast is on."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch.is_autocast_enabled(device)
+    )
 
 
 def _plain_eager(args: Sequence) -> bool:

@@ -12,6 +12,7 @@ from llmfast.ops._native_op import (
     check_dtype,
     check_floating,
     check_shape,
+    is_eager,
 )
 
 __all__ = ["ACTIVATIONS", "ffn"]
@@ -52,6 +53,19 @@ def ffn(
         >>> llmfast.ffn(torch.randn(2, 8), torch.randn(32, 8), None, torch.randn(8, 32), None, activation="silu").shape
         torch.Size([2, 8])
     """
+    if is_eager() and activation in ACTIVATIONS:
+        out = backend.native().ffn(
+            x,
+            up_weight,
+            up_bias,
+            gate_weight,
+            down_weight,
+            down_bias,
+            ACTIVATIONS.index(activation),
+            torch.is_grad_enabled(),
+        )
+        if out is not None:
+            return out
     for name, tensor in (("x", x), ("up_weight", up_weight), ("down_weight", down_weight)):
         check_floating(name, tensor)
     if activation not in ACTIVATIONS:

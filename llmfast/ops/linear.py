@@ -12,6 +12,7 @@ from llmfast.ops._native_op import (
     check_dtype,
     check_floating,
     check_shape,
+    is_eager,
 )
 
 __all__ = ["linear"]
@@ -37,6 +38,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         >>> llmfast.linear(torch.randn(2, 8), torch.randn(4, 8)).shape
         torch.Size([2, 4])
     """
+    if is_eager():
+        out = backend.native().linear(x, weight, bias, torch.is_grad_enabled())
+        if out is not None:
+            return out
     check_floating("x", x)
     check_floating("weight", weight)
     x, weight, bias = autocast(x, weight, bias)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 
 from llmfast import backend, reference
-from llmfast.ops._native_op import NativeOp, check_floating, dense
+from llmfast.ops._native_op import NativeOp, check_floating, dense, is_eager
 
 __all__ = ["add_layer_norm", "add_rms_norm"]
+
+_OUT_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 
 
 def add_layer_norm(
@@ -45,6 +47,10 @@ def add_layer_norm(
         >>> normed.dtype, stream.dtype
         (torch.bfloat16, torch.float32)
     """
+    if is_eager() and out_dtype in _OUT_DTYPES:
+        done = backend.native().add_norm(x, residual, weight, bias, eps, out_dtype, True, torch.is_grad_enabled())
+        if done is not None:
+            return done
     _check(x, residual, weight, bias, out_dtype)
     if not x.is_cpu and (reason := backend.why_not_native(x.device)):
         backend.count_fallback("add_layer_norm", reason)
@@ -70,6 +76,10 @@ def add_rms_norm(
         >>> x, stream = torch.randn(2, 8, dtype=torch.bfloat16), torch.randn(2, 8)
         >>> normed, stream = llmfast.add_rms_norm(x, stream, torch.ones(8))
     """
+    if is_eager() and out_dtype in _OUT_DTYPES:
+        done = backend.native().add_norm(x, residual, weight, None, eps, out_dtype, False, torch.is_grad_enabled())
+        if done is not None:
+            return done
     _check(x, residual, weight, None, out_dtype)
     if not x.is_cpu and (reason := backend.why_not_native(x.device)):
         backend.count_fallback("add_rms_norm", reason)
@@ -95,7 +105,7 @@ def _check(x, residual, weight, bias, out_dtype) -> None:
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {tuple(expected)}")
         if tensor.device != device:
             raise ValueError(f"{name}: got a tensor on {tensor.device}, expected {device} as x is")
-    if out_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+    if out_dtype not in _OUT_DTYPES:
         raise TypeError(f"out_dtype: got {out_dtype}, expected float32, bfloat16 or float16")
 
 
