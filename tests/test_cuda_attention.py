@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_as_accurate
-from cuda_emulated import cuda, emulated_module, thread_order  # noqa: F401
 from test_attention import make, packed_bounds, torch_attention, torch_varlen_attention, with_gradients
 
-from llmfast import reference
+from llmfast import backend, reference
 from llmfast.ops.attention import _attention, attention, scaled_dot_product_attention, varlen_attention
+
+pytest_plugins = "cuda_emulated"
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 INF = math.inf
@@ -227,7 +228,7 @@ def test_order_of_threads_does_not_matter(cuda, thread_order):
 def test_shared_memory_has_no_bank_conflicts_and_hidden_tiles_cost_nothing(cuda):
     if cuda != "cpu":
         pytest.skip("the emulation counts them")
-    module, counts = emulated_module(), {}
+    module, counts = backend.native_cuda(), {}
     tensors = make(1, 1, 1, 256, 256, 64, dtype=BF16)
     for name, options in (("full", {}), ("causal", {"causal": True}), ("window", {"window": 16})):
         module.reset_counters()

@@ -3,12 +3,13 @@
 import pytest
 import torch
 from conftest import assert_as_accurate
-from cuda_emulated import cuda  # noqa: F401
 from test_ffn import make, run
 
 import llmfast
 from llmfast import reference
 from llmfast.ops.ffn import ACTIVATIONS
+
+pytest_plugins = "cuda_emulated"
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # (M, C, F): one row; sides that are no multiple of 8; beside tiles of 64

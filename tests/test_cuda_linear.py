@@ -4,9 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_as_accurate
-from cuda_emulated import cuda, emulated_module, thread_order  # noqa: F401
 
 import llmfast
+from llmfast import backend
+
+pytest_plugins = "cuda_emulated"
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # (M, N, K): one element; ragged in every side, leading dimensions that are no multiple of 8; exact tiles; beside tiles of
@@ -92,7 +94,7 @@ def test_order_of_threads_does_not_matter(cuda, thread_order):
 def test_shared_memory_has_no_bank_conflicts(cuda):
     if cuda != "cpu":
         pytest.skip("the emulation counts them")
-    module = emulated_module()
+    module = backend.native_cuda()
     module.reset_counters()
     inputs = [torch.randn(*s).to(BF16) for s in ((70, 72), (80, 72), (80,))]
     run(llmfast.linear, inputs, torch.randn(70, 80).to(BF16))

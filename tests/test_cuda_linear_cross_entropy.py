@@ -4,11 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_as_accurate
-from cuda_emulated import cuda, thread_order  # noqa: F401
 from test_linear_cross_entropy import make, run, torch_logits
 
 import llmfast
 from llmfast import reference
+
+pytest_plugins = "cuda_emulated"
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # (M, C, V): one row; beside tiles; several chunks of the vocabulary (4,096 forward, 2,048 and more backward), ragged

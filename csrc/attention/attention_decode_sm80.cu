@@ -9,6 +9,7 @@
 // the parts; the number of parts depends on the shape alone. Deterministic.
 //
 // Memory: Q and the rings. kD 64: 4 warps x 4 stages, 66 KB; 128: 4 x 2, 68 KB; 256: 2 x 2, 72 KB.
+// Registers (nvcc 13.0.88, sm_80, -Xptxas -v): 125, 168, 255; no spill but with a mask tensor (0, 4 and 16 bytes).
 #include "attention/attention_cuda.h"
 #include "attention/cuda/products.h"
 #include "attention/cuda/rows.h"

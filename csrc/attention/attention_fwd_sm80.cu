@@ -12,6 +12,8 @@
 //
 // Memory: Q, 2 K, 2 V. kD 64: 128 queries, 64 keys, 48 KB; 128: 128, 64, 96 KB; 256: 64 queries, 32 keys, 96 KB.
 // Every device from 8.0 on has 99 KB.
+// Registers (nvcc 13.0.88, sm_80, -Xptxas -v): kD 64: 128, 16 bytes spilled, two blocks a multiprocessor; 128: 220; 256:
+// 255, 28 bytes spilled. With a mask tensor 184, 226, and 255 with 16 bytes.
 #include "attention/attention_cuda.h"
 #include "attention/cuda/products.h"
 #include "attention/cuda/rows.h"

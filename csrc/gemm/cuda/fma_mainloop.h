@@ -14,35 +14,45 @@ struct FmaTile {
   static constexpr int kBytes = 2 * kFloats * 4;
 };
 
+// A thread's share of the copies of one operand: kCopies elements of each tile, the same step apart.
 template <int kMn>
 class FmaLoader {
  public:
   static constexpr int kCopies = kMn * FmaTile::kK / FmaTile::kThreads, kRow = kMn + FmaTile::kPad;
 
-  __device__ FmaLoader(const Operand& operand, int64_t first_mn, int64_t mn, int64_t end_k)
-      : data_(static_cast<const float*>(operand.data)), stride_mn_(operand.stride_mn), stride_k_(operand.stride_k),
-        first_(first_mn), mn_(mn), end_k_(end_k), along_k_(operand.stride_k == 1) {}
+  __device__ FmaLoader(const Operand& operand, int64_t first_mn, int64_t mn, int64_t first_k, int64_t end_k) {
+    const bool along_k = operand.stride_k == 1;
+    const int my_mn = along_k ? thread() / FmaTile::kK : thread() % kMn;
+    const int my_k = along_k ? thread() % FmaTile::kK : thread() / kMn;
+    step_mn_ = along_k ? FmaTile::kThreads / FmaTile::kK : 0;
+    step_k_ = along_k ? 0 : FmaTile::kThreads / kMn;
+    mn_left_ = static_cast<int>(mn - first_mn) - my_mn;
+    k_left_ = static_cast<int>(end_k - first_k) - my_k;
+    from_ = static_cast<const float*>(operand.data) + (first_mn + my_mn) * operand.stride_mn +
+            (first_k + my_k) * operand.stride_k;
+    step_ = step_mn_ * operand.stride_mn + step_k_ * operand.stride_k;
+    advance_ = FmaTile::kK * operand.stride_k;
+    to_ = my_k * kRow + my_mn;
+    to_step_ = step_k_ * kRow + step_mn_;
+  }
 
-  __device__ void fetch(float (&x)[kCopies], int64_t k) const {
+  // The elements of the next tile.
+  __device__ void fetch_next(float (&x)[kCopies]) {
 #pragma unroll
-    for (int i = 0; i < kCopies; ++i) {
-      const int64_t row = first_ + mn_of(i), depth = k + k_of(i);
-      x[i] = row < mn_ && depth < end_k_ ? data_[row * stride_mn_ + depth * stride_k_] : 0.0f;
-    }
+    for (int i = 0; i < kCopies; ++i)
+      x[i] = i * step_mn_ < mn_left_ && i * step_k_ < k_left_ ? from_[i * step_] : 0.0f;
+    from_ += advance_;
+    k_left_ -= FmaTile::kK;
   }
   __device__ void put(float* tile, const float (&x)[kCopies]) const {
 #pragma unroll
-    for (int i = 0; i < kCopies; ++i) tile[k_of(i) * kRow + mn_of(i)] = x[i];
+    for (int i = 0; i < kCopies; ++i) tile[to_ + i * to_step_] = x[i];
   }
 
  private:
-  __device__ int index(int i) const { return thread() + i * FmaTile::kThreads; }
-  __device__ int mn_of(int i) const { return along_k_ ? index(i) / FmaTile::kK : index(i) % kMn; }
-  __device__ int k_of(int i) const { return along_k_ ? index(i) % FmaTile::kK : index(i) / kMn; }
-
-  const float* data_;
-  int64_t stride_mn_, stride_k_, first_, mn_, end_k_;
-  bool along_k_;
+  const float* from_;
+  int64_t step_, advance_;
+  int step_mn_, step_k_, mn_left_, k_left_, to_, to_step_;
 };
 
 // Where a thread's 4x8 piece lies: eight neighbouring lanes hold neighbouring columns.
@@ -64,16 +74,16 @@ __device__ inline void multiply_fma_tile(const Operand& a, const Operand& b, int
                                          float (&acc)[4][8]) {
   using LoaderA = FmaLoader<FmaTile::kM>;
   using LoaderB = FmaLoader<FmaTile::kN>;
-  const LoaderA load_a(a, first_m, M, end_k);
-  const LoaderB load_b(b, first_n, N, end_k);
+  LoaderA load_a(a, first_m, M, first_k, end_k);
+  LoaderB load_b(b, first_n, N, first_k, end_k);
   float next_a[LoaderA::kCopies], next_b[LoaderB::kCopies];
 #pragma unroll
   for (int i = 0; i < 4; ++i)
 #pragma unroll
     for (int j = 0; j < 8; ++j) acc[i][j] = 0.0f;
 
-  load_a.fetch(next_a, first_k);
-  load_b.fetch(next_b, first_k);
+  load_a.fetch_next(next_a);
+  load_b.fetch_next(next_b);
   int buffer = 0;
   for (int64_t k = first_k; k < end_k; k += FmaTile::kK, buffer ^= 1) {
     float *tile_a = shared + buffer * FmaTile::kFloats, *tile_b = tile_a + FmaTile::kK * LoaderA::kRow;
@@ -81,8 +91,8 @@ __device__ inline void multiply_fma_tile(const Operand& a, const Operand& b, int
     load_b.put(tile_b, next_b);
     __syncthreads();  // one is enough: the other buffer's readers have passed the barrier before this one
     if (k + FmaTile::kK < end_k) {
-      load_a.fetch(next_a, k + FmaTile::kK);
-      load_b.fetch(next_b, k + FmaTile::kK);
+      load_a.fetch_next(next_a);
+      load_b.fetch_next(next_b);
     }
 #pragma unroll 2
     for (int depth = 0; depth < FmaTile::kK; ++depth) {

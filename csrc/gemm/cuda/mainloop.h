@@ -31,7 +31,8 @@ struct Accumulators {
 // acc = A[first_m.., first_k..end_k] B[first_n.., ..]^T of the block's tile, zeros beyond the edges.
 template <class T, class Tile, Major kMajorA, Major kMajorB>
 __device__ void multiply_tile(const Operand& a, const Operand& b, int64_t M, int64_t N, int64_t first_m,
-                              int64_t first_n, int64_t first_k, int64_t end_k, uint32_t shared, Accumulators<Tile>& acc) {
+                              int64_t first_n, int64_t first_k, int64_t end_k, uint32_t shared,
+                              Accumulators<Tile>& acc) {
   using LoaderA = OperandLoader<T, kMajorA, Tile::kM, Tile::kThreads>;
   using LoaderB = OperandLoader<T, kMajorB, Tile::kN, Tile::kThreads>;
   constexpr int kStageBytes = LoaderA::kBytes + LoaderB::kBytes;
