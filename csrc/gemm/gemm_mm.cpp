@@ -1,5 +1,6 @@
 // The loops around the micro-kernel; the idea is told in gemm.h.
 #include "gemm/few_rows.h"
+#include "gemm/few_rows_across.h"
 #include "gemm/product.h"
 
 namespace llmfast::LLMFAST_TARGET {
@@ -174,6 +175,7 @@ void gemm(MatrixRef a, MatrixRef b, GemmSize size, EpilogueRef epilogue) {
     return;
   }
   if (size.M <= kFewRows && b.row_stride == 1) return gemm_few_rows(a, b, size, epilogue);
+  if (size.M <= kAcrossRows && b.col_stride == 1) return gemm_few_rows_across(a, b, size, epilogue);
   auto* packed = workspace<Kernel::Packed>(Slot::packed_b, packed_b_elements(size.N, size.K) + 64);
   pack_b(packed, b, size.N, size.K);
   gemm_packed(a, packed, size, epilogue);

@@ -31,6 +31,7 @@ class PlainBlock(nn.Module):
         super().__init__()
         C, bias = config.width, config.bias
         self.heads = config.heads
+        self.gelu = {"gelu": "none", "gelu_tanh": "tanh"}[config.activation]
         self.attention_norm = nn.LayerNorm(C, config.norm_eps, bias=bias)
         self.attention = nn.ModuleDict({"qkv": nn.Linear(C, 3 * C, bias=bias), "out": nn.Linear(C, C, bias=bias)})
         self.ffn_norm = nn.LayerNorm(C, config.norm_eps, bias=bias)
@@ -42,7 +43,7 @@ class PlainBlock(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.attention["out"](attended.transpose(1, 2).reshape(B, T, C))
-        hidden = F.gelu(self.ffn["up"](self.ffn_norm(x)), approximate="tanh")
+        hidden = F.gelu(self.ffn["up"](self.ffn_norm(x)), approximate=self.gelu)
         return x + self.ffn["down"](hidden)
 
 

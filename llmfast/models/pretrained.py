@@ -5,9 +5,7 @@ The parameters are allocated once, in their final dtype; each tensor of a file i
 
 from __future__ import annotations
 
-import contextlib
 import json
-import mmap
 import os
 import re
 import shutil
@@ -32,7 +30,6 @@ __all__ = ["load_pretrained", "save_pretrained"]
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
 GENERATION_FILE = "generation_config.json"
-ALIGNMENT = 256  # bytes, of each parameter
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Tables that older transformers saved beside the weights; they follow from the configuration.
 _TABLES = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)")
@@ -186,8 +183,8 @@ def _model(
     if unknown:
         raise ValueError(f"{files.path}: holds tensors that the model has no place for: {_some(unknown)}")
     with torch.device("meta"):
-        model = cls(config).to(dtype)
-    _allocate(model)
+        model = cls(config)
+    model = model.to(dtype).to_empty(device="cpu")
     for name, parameter in model.named_parameters():
         start = 0
         for part in table[name]:
@@ -201,31 +198,6 @@ def _model(
             rows.copy_(tensor.T if part.transposed else tensor)
             start += part.rows
     return model
-
-
-def _allocate(model: GPT) -> None:
-    """Gives every parameter memory, uninitialised, in one block on huge pages where the system has them.
-
-    Decoding reads all weights for each token, and page-table walks would take half of that time: a product of one row
-    with bfloat16 weights in memory reads 15 GB/s so, 9 GB/s from pages of 4 KB (one Zen 3 core).
-    """
-    slots = [(m, name, p) for m in model.modules() for name, p in m._parameters.items() if p is not None]
-    offsets = [0]
-    for _, _, parameter in slots:
-        offsets.append(offsets[-1] + -(-parameter.nbytes // ALIGNMENT) * ALIGNMENT)
-    block = _huge_pages(offsets[-1])
-    for (module, name, parameter), start in zip(slots, offsets):
-        memory = block[start : start + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
-        module._parameters[name] = torch.nn.Parameter(memory, parameter.requires_grad)
-
-
-def _huge_pages(nbytes: int) -> Tensor:
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(nbytes, dtype=torch.uint8)
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)  # which keeps the map alive
 
 
 def _some(names: set[str]) -> str:

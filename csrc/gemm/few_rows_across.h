@@ -1,0 +1,95 @@
+// Products with up to kAcrossRows rows of A, where B's own rows are contiguous (weights stored [in, out], as GPT-2's
+// are): no packing, no transpose. Each thread owns a stretch of columns whose sums stay in its L1 and adds up eight rows
+// of B at a time. Memory-bound: B is read once.
+#pragma once
+#include "core/parallel.h"
+#include "core/workspace.h"
+#include "gemm/product.h"
+
+namespace llmfast::LLMFAST_TARGET {
+
+constexpr int kAcrossRows = 4;
+constexpr int kRowsAtOnce = 8;           // of B: as many streams as the prefetcher follows
+constexpr int64_t kSumBytes = 16 << 10;  // of a thread's sums: half of L1
+
+template <auto kValue>
+struct Constant {
+  static constexpr auto value = kValue;
+};
+
+// sums[m][j] += sum_r x[m][r] * b[r][j] for kR rows of B and one panel of `count` columns; kFirst: = instead of +=.
+template <int kM, int kR, bool kFirst, class T>
+inline void add_rows(const float* x, int64_t ldx, const T* b, int64_t ldb, int64_t count, float* sums) {
+  for_each_vec(count, [&](int64_t i, auto lanes) {
+    Vec acc[kM];
+#pragma GCC unroll 4
+    for (int m = 0; m < kM; ++m) acc[m] = kFirst ? Vec::zero() : Vec::load(sums + m * Kernel::kCols + i);
+#pragma GCC unroll 8
+    for (int r = 0; r < kR; ++r) {
+      const Vec weights = lanes.load(b + r * ldb + i);
+#pragma GCC unroll 4
+      for (int m = 0; m < kM; ++m) acc[m] = fma(Vec::set(x[m * ldx + r]), weights, acc[m]);
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < kM; ++m) acc[m].store(sums + m * Kernel::kCols + i);
+  });
+}
+
+template <int kM, class T>
+void few_rows_across(const float* x, const T* b, int64_t ldb, GemmSize size, EpilogueRef epilogue) {
+  constexpr int64_t kPanel = Kernel::kCols, kMost = kSumBytes / (kM * kPanel * 4);
+  const auto width = [&](int64_t panel) { return size.N - panel * kPanel < kPanel ? size.N - panel * kPanel : kPanel; };
+  const int64_t panels = (size.N + kPanel - 1) / kPanel;
+  parallel_for(panels, 1 + (int64_t{1} << 15) / (kPanel * size.K), [&](int64_t first, int64_t last) {
+    alignas(64) float sums[kMost * kM * kPanel];
+    for (int64_t begin = first; begin < last; begin += kMost) {
+      const int64_t end = begin + kMost < last ? begin + kMost : last;
+      const auto add = [&](int64_t k, auto rows, auto is_first) {
+        for (int64_t p = begin; p < end; ++p)
+          add_rows<kM, decltype(rows)::value, decltype(is_first)::value>(
+              x + k, size.K, b + k * ldb + p * kPanel, ldb, width(p), sums + (p - begin) * kM * kPanel);
+      };
+      int64_t k = 0;
+      if (size.K >= kRowsAtOnce) {
+        add(k, Constant<kRowsAtOnce>{}, Constant<true>{});
+        k = kRowsAtOnce;
+      } else {
+        add(k, Constant<1>{}, Constant<true>{});
+        k = 1;
+      }
+      for (; k + kRowsAtOnce <= size.K; k += kRowsAtOnce) add(k, Constant<kRowsAtOnce>{}, Constant<false>{});
+      for (; k < size.K; ++k) add(k, Constant<1>{}, Constant<false>{});
+      for (int64_t p = begin; p < end; ++p)
+        epilogue(sums + (p - begin) * kM * kPanel, 0, p * kPanel, kM, width(p));
+    }
+  });
+}
+
+template <class T>
+void few_rows_across(const float* x, MatrixRef b, GemmSize size, EpilogueRef epilogue) {
+  const T* data = static_cast<const T*>(b.data);
+  switch (size.M) {
+    case 1: return few_rows_across<1>(x, data, b.row_stride, size, epilogue);
+    case 2: return few_rows_across<2>(x, data, b.row_stride, size, epilogue);
+    case 3: return few_rows_across<3>(x, data, b.row_stride, size, epilogue);
+    case 4: return few_rows_across<4>(x, data, b.row_stride, size, epilogue);
+  }
+}
+
+inline void gemm_few_rows_across(MatrixRef a, MatrixRef b, GemmSize size, EpilogueRef epilogue) {
+  float* x = workspace<float>(Slot::packed_a, size.M * size.K);
+  for (int64_t m = 0; m < size.M; ++m)  // rows of A as contiguous float32
+    for (int64_t k = 0; k < size.K; ++k) {
+      const int64_t i = m * a.row_stride + k * a.col_stride;
+      x[m * size.K + k] = a.dtype == DType::f32    ? static_cast<const float*>(a.data)[i]
+                          : a.dtype == DType::bf16 ? to_float(static_cast<const bf16*>(a.data)[i])
+                                                   : to_float(static_cast<const fp16*>(a.data)[i]);
+    }
+  switch (b.dtype) {
+    case DType::bf16: return few_rows_across<bf16>(x, b, size, epilogue);
+    case DType::f16: return few_rows_across<fp16>(x, b, size, epilogue);
+    default: return few_rows_across<float>(x, b, size, epilogue);
+  }
+}
+
+}  // namespace llmfast::LLMFAST_TARGET
