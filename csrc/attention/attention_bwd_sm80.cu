@@ -7,13 +7,14 @@
 //   S = own rows . other rows,  dP = grad_out . v           mma, both operands from shared memory
 //   P = 2^(S - lse),  dS = P (dP - delta)                   in registers; hidden entries are 0
 //   grad_q += dS K        or        grad_v += P grad_out,  grad_k += dS Q      P and dS are fragments as they stand
-// Each sum belongs to one warp and runs in the order of the tiles: no atomics, bitwise deterministic. The price is seven
-// products instead of the five of a single pass that adds grad_q in memory.
+// Each sum belongs to one warp and runs in the order of the tiles: no atomics, bitwise deterministic. The price is
+// seven products instead of the five of a single pass that adds grad_q in memory.
 //
-// Memory: the block's two tiles, and two buffers of two streamed ones. kD 64: 128 rows, 64 columns, 64 KB; 128: 128, 32,
-// 96 KB; 256: 64, 16, 96 KB, and grad_k and grad_v by one launch each, because both do not fit the registers.
-// Registers (nvcc 13.0.88, sm_80, -Xptxas -v) for kD 64, 128, 256: grad_q 226, 205, 255 with 16 bytes spilled; grad_k and
-// grad_v 246, 255 with 4 bytes, and 255 with 48 bytes (grad_k) and 254 (grad_v). With a mask tensor no more than 24 bytes.
+// Memory: the block's two tiles, and two buffers of two streamed ones. kD 64: 128 rows, 64 columns, 64 KB; 128: 128,
+// 32, 96 KB; 256: 64, 16, 96 KB, and grad_k and grad_v by one launch each, because both do not fit the registers.
+// Registers (nvcc 13.0.88, sm_80, -Xptxas -v) for kD 64, 128, 256: grad_q 226, 205, 255 with 16 bytes spilled; grad_k
+// and grad_v 246, 255 with 4 bytes, and 255 with 48 bytes (grad_k) and 254 (grad_v). With a mask tensor no more than 24
+// bytes.
 #include "attention/attention_cuda.h"
 #include "attention/cuda/gradients.h"
 #include "attention/cuda/products.h"
@@ -61,8 +62,9 @@ __global__ void __launch_bounds__(Tile::kThreads)
   const T* const value_rows = row_of<const T>(p.v, place.sequence, kv_head, sequence.first_k);
   const auto load_tile = [&](int tile) {
     const int first = tile * kKeys, tokens = sequence.Tk - first;
-    load_rows<T, kKeys, kD, kThreads>(Tile::other(base, 0, tile % 2).address, key_rows + int64_t{first} * p.k.token_stride,
-                                      p.k.token_stride, tokens, D, aligned.k);
+    load_rows<T, kKeys, kD, kThreads>(Tile::other(base, 0, tile % 2).address,
+                                      key_rows + int64_t{first} * p.k.token_stride, p.k.token_stride, tokens, D,
+                                      aligned.k);
     load_rows<T, kKeys, kD, kThreads>(Tile::other(base, 1, tile % 2).address,
                                       value_rows + int64_t{first} * p.v.token_stride, p.v.token_stride, tokens, Dv,
                                       aligned.v);
@@ -183,7 +185,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
     if (thread() < kQueries) {
       const RowStatistics* const from = statistics_of(p, head, sequence);
       const bool exists = thread() < tokens;
-      copy_async_8(shared_address(statistics_in(step) + thread()), from + (exists ? first + thread() : 0), exists ? 8 : 0);
+      copy_async_8(shared_address(statistics_in(step) + thread()), from + (exists ? first + thread() : 0),
+                   exists ? 8 : 0);
     }
   };
   const SharedTile<kD> keys = Tile::own(base, 0), values = Tile::own(base, 1);

@@ -150,7 +150,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
 #pragma unroll
       for (int e = 0; e < 4; ++e) out[j][e] *= keep[e / 2];
     const SharedTile<kD> values = tile_of_step(step, 1);
-    int* const flags = reinterpret_cast<int*>(shared + Tile::kStatesAt) + Tile::kWarps * 2 * Tile::kRows + warp() * kKeys;
+    int* const flags =
+        reinterpret_cast<int*>(shared + Tile::kStatesAt) + Tile::kWarps * 2 * Tile::kRows + warp() * kKeys;
     if (hides && __any_sync(kAllLanes, finds_bad_number<T, kKeys, kD, kWarpSize>(values)))
       add_bad_rows<T, kKeys, kD, kWarpSize>(values, flags, scores, out);
     add_weighted_rows<T, kKeys>(out, scores, values);
@@ -219,7 +220,8 @@ __global__ void __launch_bounds__(kMergeThreads) merge_parts_kernel(const Attent
   T* const out = row_of<T>(p.out, sequence, at.head, at.query);
   for (int64_t d = thread(); d < p.Dv; d += kMergeThreads) {
     float total = 0.0f;
-    for (int i = 0; i < parts; ++i) total = fmaf(exp2_approx(first[i * stride] - top), first[i * stride + 2 + d], total);
+    for (int i = 0; i < parts; ++i)
+      total = fmaf(exp2_approx(first[i * stride] - top), first[i * stride + 2 + d], total);
     out[d] = from_float<T>(total * inverse);
   }
   if (thread() == 0) *row_of<float>(p.lse, sequence, at.head, at.query) = natural_lse(top, sum);
@@ -234,7 +236,8 @@ void launch_decode(const AttentionParams& p, const Stream& stream) {
   const Aligned aligned = {false, rows_aligned(p.k, p.B, p.Hkv), rows_aligned(p.v, p.B, p.Hkv), false,
                            false, false, false, false};
   launch(stream, {static_cast<unsigned>(items * parts.count)}, Tile::kThreads, size_t{Tile::kBytes},
-         p.mask.data ? attention_decode_kernel<T, Tile, true> : attention_decode_kernel<T, Tile, false>, p, aligned, parts);
+         p.mask.data ? attention_decode_kernel<T, Tile, true> : attention_decode_kernel<T, Tile, false>, p, aligned,
+         parts);
   if (parts.count > 1)
     launch(stream, {static_cast<unsigned>(items * p.Tq * (p.Hq / p.Hkv))}, kMergeThreads, 0, merge_parts_kernel<T>, p,
            parts.count);

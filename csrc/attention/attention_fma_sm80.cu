@@ -1,10 +1,10 @@
 // Masked attention in float32, forward and backward, by fused multiply-adds; see attention.h for the formula.
 //
-// The same shape as the tensor-core kernels, for accuracy instead of speed: a block owns kSide rows (queries, or keys for
-// grad_k and grad_v) and walks over tiles of kSide columns; 256 threads as 16 x 16, thread (y, x) computes rows y, y + 16
-// by columns x, x + 16 of a score tile, and of its rows' sums the elements 4x..4x + 3 of every 64. Weights pass through
-// shared memory among the 16 threads of a row, half a warp. A weight of 0 is skipped, so what a hidden row holds never
-// matters. Sums run in the order of the tiles: deterministic.
+// The same shape as the tensor-core kernels, for accuracy instead of speed: a block owns kSide rows (queries, or keys
+// for grad_k and grad_v) and walks over tiles of kSide columns; 256 threads as 16 x 16, thread (y, x) computes rows y,
+// y + 16 by columns x, x + 16 of a score tile, and of its rows' sums the elements 4x..4x + 3 of every 64. Weights pass
+// through shared memory among the 16 threads of a row, half a warp. A weight of 0 is skipped, so what a hidden row
+// holds never matters. Sums run in the order of the tiles: deterministic.
 //
 // Memory: 3 or 4 tiles of kSide x (kD + 4) floats: at most 76 KB. D, Dv <= 256.
 #include "attention/attention_cuda.h"
@@ -206,7 +206,8 @@ template <class Tile, bool kOfQueries>
 __global__ void __launch_bounds__(Tile::kThreads)
     attention_backward_fma_kernel(const AttentionBackwardParams p, const int64_t row_tiles) {
   constexpr int kSide = Tile::kSide, kMicro = Tile::kMicro;
-  const int64_t group = p.Hq / p.Hkv, row_head = blockIdx.x / row_tiles, kv_head = kOfQueries ? row_head / group : row_head;
+  const int64_t group = p.Hq / p.Hkv, row_head = blockIdx.x / row_tiles;
+  const int64_t kv_head = kOfQueries ? row_head / group : row_head;
   const TokenTile place = token_tile(blockIdx.x % row_tiles, p.B, kOfQueries ? p.Tq : p.Tk,
                                      kOfQueries ? p.first_q : p.first_k, kSide);
   const Sequence sequence = sequence_of(p, place.sequence);
@@ -222,7 +223,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
 
   // left: q or k; right: grad_out or v; own rows, and those that stream by
   float* const own_left = dynamic_shared<float>();
-  float *const own_right = own_left + Tile::kTile, *const left = own_right + Tile::kTile, *const right = left + Tile::kTile;
+  float *const own_right = own_left + Tile::kTile, *const left = own_right + Tile::kTile;
+  float* const right = left + Tile::kTile;
   float *const weights = right + Tile::kTile, *const weight_gradients = weights + Tile::kWeights;
   const HeadTensor &row_left = kOfQueries ? p.q : p.k, &row_right = kOfQueries ? p.grad_out : p.v;
   const HeadTensor &column_left = kOfQueries ? p.k : p.q, &column_right = kOfQueries ? p.v : p.grad_out;

@@ -12,8 +12,8 @@
 //
 // Memory: Q, 2 K, 2 V. kD 64: 128 queries, 64 keys, 48 KB; 128: 128, 64, 96 KB; 256: 64 queries, 32 keys, 96 KB.
 // Every device from 8.0 on has 99 KB.
-// Registers (nvcc 13.0.88, sm_80, -Xptxas -v): kD 64: 128, 16 bytes spilled, two blocks a multiprocessor; 128: 220; 256:
-// 255, 28 bytes spilled. With a mask tensor 184, 226, and 255 with 16 bytes.
+// Registers (nvcc 13.0.88, sm_80, -Xptxas -v): kD 64: 128, 16 bytes spilled, two blocks a multiprocessor; 128: 220;
+// 256: 255, 28 bytes spilled. With a mask tensor 184, 226, and 255 with 16 bytes.
 #include "attention/attention_cuda.h"
 #include "attention/cuda/products.h"
 #include "attention/cuda/rows.h"
@@ -101,7 +101,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
       for (int e = 0; e < 4; ++e) out[j][e] *= keep[e / 2];
 
     if (hides && __syncthreads_or(finds_bad_number<T, kKeys, kD, kThreads>(values_in(tile))))
-      add_bad_rows<T, kKeys, kD, kThreads>(values_in(tile), reinterpret_cast<int*>(shared + Tile::kFlagsAt), scores, out);
+      add_bad_rows<T, kKeys, kD, kThreads>(values_in(tile), reinterpret_cast<int*>(shared + Tile::kFlagsAt), scores,
+                                           out);
     add_weighted_rows<T, kKeys>(out, scores, values_in(tile));
   }
   copy_async_wait<0>();
@@ -126,8 +127,9 @@ __global__ void __launch_bounds__(Tile::kThreads)
 template <class T, int kD>
 void launch_forward(const AttentionParams& p, const Stream& stream) {
   using Tile = ForwardTile<kD>;
-  const Aligned aligned = {rows_aligned(p.q, p.B, p.Hq),     rows_aligned(p.k, p.B, p.Hkv), rows_aligned(p.v, p.B, p.Hkv),
-                           rows_aligned(p.out, p.B, p.Hq), false, false, false, false};
+  const auto fits = [&](const HeadTensor& t, int64_t heads) { return rows_aligned(t, p.B, heads); };
+  const Aligned aligned = {fits(p.q, p.Hq), fits(p.k, p.Hkv), fits(p.v, p.Hkv), fits(p.out, p.Hq),
+                           false,           false,            false,            false};
   const int64_t tiles = tile_count(p.B, p.Tq, p.first_q != nullptr, Tile::kRows);
   launch(stream, {static_cast<unsigned>(tiles * p.Hq)}, Tile::kThreads, size_t{Tile::kBytes},
          p.mask.data ? attention_forward_kernel<T, Tile, true> : attention_forward_kernel<T, Tile, false>, p, aligned,

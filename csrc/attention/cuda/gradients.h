@@ -52,8 +52,8 @@ void launch_row_statistics(const AttentionBackwardParams& p, const Stream& strea
     launch(stream, {static_cast<unsigned>(blocks)}, kStatisticsThreads, 0, row_statistics_kernel<T>, p);
 }
 
-// products q . k -> scores, and products grad_out . v -> (grad_out . v - delta) * slope of the softcap: everything of the
-// gradient but the weight.
+// products q . k -> scores, and products grad_out . v -> (grad_out . v - delta) * slope of the softcap: everything of
+// the gradient but the weight.
 __device__ inline void scale_pair(float& score, float& gradient, float delta, const ScoreScale& scale) {
   gradient -= delta;
   if (!scale.finished) return;

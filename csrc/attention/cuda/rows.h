@@ -25,8 +25,8 @@ __device__ T* row_of(const HeadTensor& t, int64_t sequence, int64_t head, int64_
   return static_cast<T*>(t.data) + sequence * t.sequence_stride + head * t.head_stride + token * t.token_stride;
 }
 
-// Starts the copy of rows from.. into the tile; `rows` of them exist, with D elements. kThreads work on it: the block, or
-// one warp.
+// Starts the copy of rows from.. into the tile; `rows` of them exist, with D elements. kThreads work on it: the block,
+// or one warp.
 template <class T, int kRows, int kD, int kThreads>
 __device__ void load_rows(uint32_t tile, const T* from, int64_t stride, int rows, int D, bool aligned) {
   constexpr int kRowChunks = kD / kChunk, kRowsAStep = kThreads / kRowChunks, kSteps = kRows / kRowsAStep;
@@ -44,7 +44,8 @@ __device__ void load_rows(uint32_t tile, const T* from, int64_t stride, int rows
       Bytes16 bytes;
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
-        const uint32_t low = 2 * w < count ? source[2 * w].bits : 0, high = 2 * w + 1 < count ? source[2 * w + 1].bits : 0;
+        const uint32_t low = 2 * w < count ? source[2 * w].bits : 0;
+        const uint32_t high = 2 * w + 1 < count ? source[2 * w + 1].bits : 0;
         bytes.word[w] = low | high << 16;
       }
       store_shared(to, bytes);
@@ -82,7 +83,7 @@ __device__ void store_accumulators(SharedTile<kD> tile, int first_row, const flo
   }
 }
 
-// ---- rows that hold NaN or infinity ----------------------------------------------------------------------------------
+// ---- rows that hold NaN or infinity --------------------------------------------------------------------------------
 // A hidden key has weight 0, but 0 * NaN would spoil the sums of queries that do not see it. Tiles that hide something
 // are searched (a tile in which all is visible needs none of this); if there is a bad row, its contribution is added
 // element by element where the weight is not 0, and the product runs over zeros instead.
@@ -113,12 +114,13 @@ template <class T, int kRows, int kD, int kThreads>
 __device__ bool finds_bad_number(SharedTile<kD> tile) {
   bool bad = false;
 #pragma unroll
-  for (int i = thread() % kThreads; i < kRows * kD / kChunk; i += kThreads) bad |= not_finite<T>(load_shared(tile.address + i * 16));
+  for (int i = thread() % kThreads; i < kRows * kD / kChunk; i += kThreads)
+    bad |= not_finite<T>(load_shared(tile.address + i * 16));
   return bad;
 }
 
-// acc[rows of the warp][kD] += weights[rows][kRows] tile[kRows][kD] for the bad rows of the tile, which become zeros. All
-// threads that share the tile call. flags: kRows ints of shared memory.
+// acc[rows of the warp][kD] += weights[rows][kRows] tile[kRows][kD] for the bad rows of the tile, which become zeros.
+// All threads that share the tile call. flags: kRows ints of shared memory.
 template <class T, int kRows, int kD, int kThreads>
 __device__ __forceinline__ void add_bad_rows(SharedTile<kD> tile, int* flags, const float (&weights)[kRows / 8][4],
                                           float (&acc)[kD / 8][4]) {
@@ -150,8 +152,9 @@ __device__ __forceinline__ void add_bad_rows(SharedTile<kD> tile, int* flags, co
       for (int j = 0; j < kD / 8; ++j) {
         float low, high;
         const Bytes16 bytes = load_shared(tile.chunk(row, j));
-        unpack_pair<T>(lane() & 2 ? lane() & 1 ? bytes.word[3] : bytes.word[2] : lane() & 1 ? bytes.word[1] : bytes.word[0],
-                       low, high);
+        const uint32_t left = lane() & 1 ? bytes.word[1] : bytes.word[0];
+        const uint32_t right = lane() & 1 ? bytes.word[3] : bytes.word[2];
+        unpack_pair<T>(lane() & 2 ? right : left, low, high);
         acc[j][2 * half] += w * low;
         acc[j][2 * half + 1] += w * high;
       }

@@ -1,8 +1,8 @@
 // From products to scores: scale, softcap, mask tensor, band. Scores are in the log2 domain, so that softmax is exp2.
 //
 // A warp's score tile is in registers as mma leaves it: scores[j][0..1] are row lane / 4, columns 8j + 2 (lane % 4) and
-// the next, scores[j][2..3] the same eight rows below. Rows are the warp's own tokens, columns the tokens that stream by:
-// rows are queries and columns keys in the forward and grad_q kernels, the other way round for grad_k and grad_v.
+// the next, scores[j][2..3] the same eight rows below. Rows are the warp's own tokens, columns the tokens that stream
+// by: rows are queries and columns keys in the forward and grad_q kernels, the other way round for grad_k and grad_v.
 #pragma once
 #include "attention/cuda/tiles.h"
 #include "ptx/convert.h"
@@ -60,7 +60,8 @@ struct MaskRows {
   int columns;  // that exist
 };
 
-__device__ inline const char* mask_element(const AttentionParams& p, int64_t sequence, int64_t head, int query, int key) {
+__device__ inline const char* mask_element(const AttentionParams& p, int64_t sequence, int64_t head, int query,
+                                           int key) {
   const MaskTensor& m = p.mask;
   return static_cast<const char*>(m.data) + (sequence * m.sequence_stride + head * m.head_stride +
                                              query * m.query_stride + key * m.key_stride) *

@@ -31,12 +31,16 @@ struct Band {
   __host__ __device__ Band transposed() const { return {Tk, Tq, right, left}; }
 
   // Keys that some, or all, of the queries [first, end) see.
-  __host__ __device__ Span seen_by_any(int first, int end) const { return {keys_of(first).begin, keys_of(end - 1).end}; }
-  __host__ __device__ Span seen_by_all(int first, int end) const { return {keys_of(end - 1).begin, keys_of(first).end}; }
+  __host__ __device__ Span seen_by_any(int first, int end) const {
+    return {keys_of(first).begin, keys_of(end - 1).end};
+  }
+  __host__ __device__ Span seen_by_all(int first, int end) const {
+    return {keys_of(end - 1).begin, keys_of(first).end};
+  }
 };
 
-// One sequence: its tokens before it, and its lengths. Offsets of packed sequences come from the caller's device memory:
-// whatever they hold, no access leaves the tensors, which have p.Tq and p.Tk tokens in all.
+// One sequence: its tokens before it, and its lengths. Offsets of packed sequences come from the caller's device
+// memory: whatever they hold, no access leaves the tensors, which have p.Tq and p.Tk tokens in all.
 struct Sequence {
   int64_t index, first_q, first_k;
   int Tq, Tk;
