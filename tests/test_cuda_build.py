@@ -1,10 +1,9 @@
-"""CUDA sources compile without a GPU and without spills; the gate that checks it; the module's build."""
+"""The gate that compiles CUDA sources (.ci/cuda runs it), rules that hold for every kernel file, the module's build."""
 
 import importlib.machinery
 import importlib.util
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,14 +57,6 @@ def test_kernels_contain_no_asm_and_no_toolkit_header():
         text = source.read_text()
         assert not re.search(r"\basm\b", text), source
         assert not re.search(r"#include <(cuda|cooperative_groups|mma)", text), source
-
-
-@pytest.mark.parametrize("source", ["norm/norm_bwd_sm80.cu", "optim/adamw_sm80.cu"])
-def test_compiles_without_spills(source):
-    if shutil.which(os.environ.get("NVCC", "nvcc")) is None or not GATE.exists():
-        pytest.skip("needs nvcc and the source tree")
-    result = subprocess.run([sys.executable, GATE, ROOT / "csrc" / source], capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_unknown_choice_is_named():
