@@ -1,6 +1,6 @@
 """nanoGPT's character-level run for a laptop's processor, by llmfast and by plain PyTorch: wall time and final loss.
 
-    python benchmarks/nanogpt.py input.txt [--steps 2000] [--json results.jsonl]
+    python benchmarks/nanogpt.py input.txt [--steps 2000] [--json result.jsonl]    (not a file for benchmarks/report.py)
 
 Each side is a process of its own, timed from its start to its end, with data preparation, validation and, for llmfast,
 checkpoints. The peer follows nanoGPT's `train.py` with the settings that its README gives for a CPU (4 layers, 4 heads,
@@ -117,8 +117,8 @@ def main() -> None:
     if arguments.json:
         from llmfast.bench import rows
 
-        shared = rows.context(" ".join(["python", *sys.argv]), None, torch.get_num_threads())
-        rows.append(arguments.json, {**shared, "case": "shakespeare_char", **result})
+        command = f"python benchmarks/nanogpt.py {arguments.text.name} --steps {arguments.steps}"
+        rows.append(arguments.json, {**rows.context(command, None, torch.get_num_threads()), **result})
 
 
 if __name__ == "__main__":

@@ -31,5 +31,3 @@ def test_linear(isa, dtype, shape):
     assert_as_accurate(out, torch.addmm(bias, x, weight), exact)
     assert_as_accurate(weight.grad, x.t() @ grad, x.double().t() @ grad.double(), what="grad_weight")
     assert_as_accurate(x.grad, grad @ weight.t(), grad.double() @ weight.double().t(), what="grad_x")
-
-
