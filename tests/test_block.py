@@ -193,3 +193,22 @@ def test_second_derivatives_are_refused():
     (grad,) = torch.autograd.grad(loss, model.blocks[0].ffn.up.weight, create_graph=True)
     with pytest.raises(RuntimeError, match=r"does not require grad|once_differentiable"):
         grad.sum().backward()
+
+
+def test_norms_replaced_between_calls(monkeypatch):
+    """What the native side knows of a block follows the block."""
+    model, ids = make("gpt2"), torch.ones(1, 4, dtype=torch.int64)
+    with torch.no_grad():
+        before = model(ids)
+        for block in model.blocks:
+            block.attention_norm, block.ffn_norm = llmfast.nn.AddRMSNorm(48), llmfast.nn.AddRMSNorm(48)
+        after = model(ids)
+        by_modules(monkeypatch)
+        torch.testing.assert_close(after, model(ids))
+    assert not torch.allclose(before, after)
+
+
+@pytest.mark.parametrize("mask", [torch.ones(1, 1, 4, 9, dtype=torch.bool), torch.ones(1, 1, 4, 4, dtype=torch.int64)])
+def test_masks_that_do_not_fit_are_named(mask):
+    with pytest.raises((ValueError, TypeError), match="mask: got"):
+        make("gpt2")(torch.ones(1, 4, dtype=torch.int64), mask=mask)

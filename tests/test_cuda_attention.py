@@ -9,7 +9,8 @@ from conftest import assert_as_accurate
 from test_attention import make, packed_bounds, torch_attention, torch_varlen_attention, with_gradients
 
 from llmfast import backend, reference
-from llmfast.ops.attention import _attention, attention, scaled_dot_product_attention, varlen_attention
+from llmfast.ops import attention, scaled_dot_product_attention, varlen_attention
+from llmfast.ops.attention import _attention
 
 pytest_plugins = "cuda_emulated"
 

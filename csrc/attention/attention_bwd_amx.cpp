@@ -21,7 +21,7 @@
 // grad_q (12 bytes a row and dim) in L2; an item sums Tk x (D + Dv) floats.
 // Limits: bf16; head dims up to 256 (kMostTileHeadDim), padded to multiples of 32 with zeros.
 #include "attention/differentiation_amx.h"
-#include "attention/schedule.h"
+#include "attention/key_gradients.h"
 #include "core/workspace.h"
 
 namespace llmfast::LLMFAST_TARGET {
@@ -338,54 +338,19 @@ int64_t rows_of_chunk(const AttentionParams& p, int64_t rows, int64_t parts) {
   return share < chunk ? share : chunk;
 }
 
-// Where the sums of head groups that are cut into parts lie: sequence s at first[s], head by head, part by part.
-int64_t place_sums(const AttentionParams& p, const ItemList& items, int64_t* first) {
-  int64_t total = 0;
-  for (int64_t s = 0; s < p.B; ++s) {
-    first[s] = total;
-    if (items.chunks(s) == 1) continue;
-    total += p.Hkv * items.chunks(s) * KeyGradients::elements(HeadGroup(p, s, 0).Tk, p.D, p.Dv);
-  }
-  return total;
-}
-
 }  // namespace
 
 void attention_backward(const AttentionBackwardParams& p) {
-  const int64_t work = estimated_work(p);
-  const int threads = threads_for(work, 1 << 19);
-  int64_t* storage = workspace<int64_t>(Slot::reduction, 2 * p.B + 1);
-  const ItemList items(p, storage, [&](int64_t s) {
-    const HeadGroup g(p, s, 0);
-    return parts_of(g.rows * g.Tk * (p.D + p.Dv), work, threads, (g.rows + kRows - 1) / kRows);
-  });
-  int64_t* first_sum = storage + p.B + 1;
-  float* shared = workspace<float>(Slot::staging, place_sums(p, items, first_sum));
-  const auto sums_of = [&](const HeadGroup& g, int64_t part) {
-    const int64_t elements = KeyGradients::elements(g.Tk, p.D, p.Dv), parts = items.chunks(g.sequence);
-    return parts > 1 ? shared + first_sum[g.sequence] + (g.kv_head * parts + part) * elements
-                     : workspace<float>(Slot::attention_acc, elements);
-  };
-  for_each_item(items.count(), threads, [&](int64_t index) {
-    const TileConfig tiles;
-    const Item item = items[index];
-    const HeadGroup g(p, item.sequence, item.kv_head);
-    float* sums = sums_of(g, item.chunk);
-    const int64_t chunk_rows = rows_of_chunk(p, g.rows, item.chunks);
-    BackwardItem(g, p, KeyGradients(sums, g.Tk, p.D), chunk_rows).run(item.chunk, item.chunks);
-    if (item.chunks == 1) store_key_gradients(g, p, sums, 1, {0, g.Tk});
-  });
-  if (items.count() == p.B * p.Hkv) return;
-  for (int64_t s = 0; s < p.B; ++s) {
-    if (items.chunks(s) == 1) continue;
-    const HeadGroup sequence(p, s, 0);
-    const int64_t tiles = (sequence.Tk + kKeys - 1) / kKeys;
-    for_each_item(p.Hkv * tiles, threads, [&](int64_t index) {
-      const HeadGroup g(p, s, index / tiles);
-      const int64_t key = index % tiles * kKeys;
-      store_key_gradients(g, p, sums_of(g, 0), items.chunks(s), {key, key + kKeys});
-    });
-  }
+  differentiate_groups<KeyGradients>(
+      p, 1 << 19, kRows, kKeys,
+      [&](const HeadGroup& g, float* sums, const Item& item) {
+        const TileConfig tiles;
+        const int64_t chunk_rows = rows_of_chunk(p, g.rows, item.chunks);
+        BackwardItem(g, p, KeyGradients(sums, g.Tk, p.D), chunk_rows).run(item.chunk, item.chunks);
+      },
+      [&](const HeadGroup& g, float* sums, int64_t parts, KeyRange keys) {
+        store_key_gradients(g, p, sums, parts, keys);
+      });
 }
 
 }  // namespace llmfast::LLMFAST_TARGET

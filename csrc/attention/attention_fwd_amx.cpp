@@ -316,20 +316,13 @@ class ForwardItem {
   LazySoftmax softmax_[kItemRows / kWidth];
 };
 
-// Panels an item holds: as many as L2 likes, fewer when there would not be two items a thread.
-int64_t panels_an_item(const AttentionParams& p, int threads) {
-  int64_t panels = kItemBytes / (kWidth * kBlock * (blocks_of(p.D) * 2 + blocks_of(p.Dv) * 4));
-  if (panels > kItemRows / kWidth) panels = kItemRows / kWidth;
-  const int64_t total = p.B * p.Hkv * ((p.Tq * (p.Hq / p.Hkv) + kWidth - 1) / kWidth);
-  if (panels > total / (2 * threads)) panels = total / (2 * threads);
-  return panels < 1 ? 1 : panels;
-}
-
 }  // namespace
 
 void attention_forward(const AttentionParams& p) {
   const int threads = threads_for(estimated_work(p), 1 << 20);
-  const int64_t panels = panels_an_item(p, threads), item_rows = panels * kWidth;
+  const int64_t in_l2 = kItemBytes / (kWidth * kBlock * (blocks_of(p.D) * 2 + blocks_of(p.Dv) * 4));
+  const int64_t most = in_l2 < kItemRows / kWidth ? in_l2 : kItemRows / kWidth;
+  const int64_t panels = panels_an_item(p, kWidth, most, threads), item_rows = panels * kWidth;
   const ItemList items(p, workspace<int64_t>(Slot::reduction, p.B + 1), [&](int64_t s) {
     return (HeadGroup(p, s, 0).rows + item_rows - 1) / item_rows;
   });

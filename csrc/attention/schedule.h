@@ -58,6 +58,13 @@ inline int64_t parts_of(int64_t share, int64_t total, int threads, int64_t most)
   return parts > most ? (most > 1 ? most : 1) : parts > 1 ? parts : 1;
 }
 
+// How many panels of `width` rows an item holds: up to `most`, fewer when there would not be two items a thread.
+inline int64_t panels_an_item(const AttentionParams& p, int64_t width, int64_t most, int threads) {
+  const int64_t total = p.B * p.Hkv * ((p.Tq * (p.Hq / p.Hkv) + width - 1) / width), share = total / (2 * threads);
+  const int64_t panels = share < most ? share : most;
+  return panels < 1 ? 1 : panels;
+}
+
 template <class Body>
 inline void for_each_item(int64_t count, int threads, const Body& body) {
   if (threads > count) threads = static_cast<int>(count);

@@ -143,13 +143,18 @@ void gather_rows(float* x, const T* a, const MatrixRef& layout, GemmSize size) {
   }
 }
 
-inline void gemm_few_rows(MatrixRef a, MatrixRef b, GemmSize size, EpilogueRef epilogue) {
+inline const float* gather_rows(const MatrixRef& a, GemmSize size) {
   float* x = workspace<float>(Slot::packed_a, size.M * size.K);
   switch (a.dtype) {
     case DType::bf16: gather_rows(x, static_cast<const bf16*>(a.data), a, size); break;
     case DType::f16: gather_rows(x, static_cast<const fp16*>(a.data), a, size); break;
     default: gather_rows(x, static_cast<const float*>(a.data), a, size);
   }
+  return x;
+}
+
+inline void gemm_few_rows(MatrixRef a, MatrixRef b, GemmSize size, EpilogueRef epilogue) {
+  const float* x = gather_rows(a, size);
   switch (b.dtype) {
     case DType::bf16: return few_rows(x, static_cast<const bf16*>(b.data), b.col_stride, size, epilogue);
     case DType::f16: return few_rows(x, static_cast<const fp16*>(b.data), b.col_stride, size, epilogue);

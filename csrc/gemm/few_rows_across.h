@@ -2,14 +2,12 @@
 // are): no packing, no transpose. Each thread owns a stretch of columns whose sums stay in its L1 and adds up eight rows
 // of B at a time. Memory-bound: B is read once.
 #pragma once
-#include "core/parallel.h"
-#include "core/workspace.h"
-#include "gemm/product.h"
+#include "gemm/few_rows.h"
 
 namespace llmfast::LLMFAST_TARGET {
 
 constexpr int kAcrossRows = 4;
-constexpr int kRowsAtOnce = 8;           // of B: as many streams as the prefetcher follows
+constexpr int kRowsAtOnce = 8;           // of B
 constexpr int64_t kSumBytes = 16 << 10;  // of a thread's sums: half of L1
 
 template <auto kValue>
@@ -77,14 +75,7 @@ void few_rows_across(const float* x, MatrixRef b, GemmSize size, EpilogueRef epi
 }
 
 inline void gemm_few_rows_across(MatrixRef a, MatrixRef b, GemmSize size, EpilogueRef epilogue) {
-  float* x = workspace<float>(Slot::packed_a, size.M * size.K);
-  for (int64_t m = 0; m < size.M; ++m)  // rows of A as contiguous float32
-    for (int64_t k = 0; k < size.K; ++k) {
-      const int64_t i = m * a.row_stride + k * a.col_stride;
-      x[m * size.K + k] = a.dtype == DType::f32    ? static_cast<const float*>(a.data)[i]
-                          : a.dtype == DType::bf16 ? to_float(static_cast<const bf16*>(a.data)[i])
-                                                   : to_float(static_cast<const fp16*>(a.data)[i]);
-    }
+  const float* x = gather_rows(a, size);
   switch (b.dtype) {
     case DType::bf16: return few_rows_across<bf16>(x, b, size, epilogue);
     case DType::f16: return few_rows_across<fp16>(x, b, size, epilogue);

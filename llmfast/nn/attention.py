@@ -29,13 +29,15 @@ class KVCache:
             ValueError: the cache is full, or the batch differs from the first call's.
         """
         B, H, T, D = k.shape
-        buffer_k, buffer_v, start = self.reserve(B, H, T, D, k)
+        buffer_k, buffer_v = self.reserve(B, H, T, D, k)
+        start, self.length = self.length, self.length + T
         buffer_k[:, :, start : self.length] = k
         buffer_v[:, :, start : self.length] = v
         return buffer_k[:, :, : self.length], buffer_v[:, :, : self.length]
 
-    def reserve(self, B: int, H: int, T: int, D: int, like: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Makes room for T more tokens: both buffers, and the position at which the caller writes them.
+    def reserve(self, B: int, H: int, T: int, D: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Both buffers, with room for T more tokens behind the `length` that they hold. The caller writes them there and
+        adds T to `length`.
 
         Raises:
             ValueError: as `append` does.
@@ -47,8 +49,7 @@ class KVCache:
             raise ValueError(f"k: got {T} more tokens on top of {start}, expected at most {self.capacity} in all")
         if self.k.shape[0] != B:
             raise ValueError(f"k: got batch {B}, expected {self.k.shape[0]} as before")
-        self.length = end
-        return self.k, self.v, start
+        return self.k, self.v
 
 
 class SelfAttention(nn.Module):

@@ -22,11 +22,13 @@ from llmfast import backend
 from llmfast.nn.attention import KVCache, SelfAttention
 from llmfast.nn.layers import FFN, AddLayerNorm, AddRMSNorm, Linear
 from llmfast.ops._native_op import _plain_eager
+from llmfast.ops.attention import broadcasts
 from llmfast.ops.ffn import ACTIVATIONS
 
 __all__ = ["fused_block"]
 
 _NORMS = (AddLayerNorm, AddRMSNorm)
+_MASKS = (torch.bool, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Weights(NamedTuple):
@@ -74,19 +76,23 @@ def fused_block(
     if differentiable and (cache is not None or (mask is not None and mask.requires_grad)):
         return None
     B, T, _ = x.shape
+    cached = 0 if cache is None else cache.length
     if mask is not None:
-        seen = cache.length if cache is not None else 0
-        mask = mask.expand(B, block.attention.heads, T, seen + T)
+        full = (B, block.attention.heads, T, cached + T)
+        if mask.dim() > 4 or mask.dtype not in _MASKS or not broadcasts(mask.shape, full):
+            return None  # the op says what is wrong with it
+        mask = mask.expand(full)
     extras = (cos, sin, mask, cu_seqlens)
     if differentiable:
         return _BlockFunction.apply(_settings(block), extras, x, stream, *weights)
     out = x.new_empty(x.shape, dtype=weights.qkv.dtype)
     stream_out = torch.empty_like(x if stream is None else stream)
     k = v = None
-    cached = 0
     if cache is not None:
-        k, v, cached = cache.reserve(B, block.attention.kv_heads, T, block.attention.head_dim, out)
+        k, v = cache.reserve(B, block.attention.kv_heads, T, block.attention.head_dim, out)
     backend.native().block_forward(_settings(block), weights, (x, stream, *extras, k, v), cached, out, stream_out, None)
+    if cache is not None:
+        cache.length += T
     return out, stream_out
 
 
@@ -125,13 +131,9 @@ def _hooked(module: nn.Module) -> bool:
 
 
 def _settings(block: nn.Module):
-    """The native description of all in `block` that is not a tensor, made once."""
+    """The native description of all in `block` that is not a tensor, made again only when that changes."""
     attention, norm1, norm2 = block.attention, block.attention_norm, block.ffn_norm
-    key = (attention.window, norm1.eps, norm2.eps, block.ffn.activation)
-    made = block.__dict__.get("_native_settings")
-    if made is not None and made[0] == key:
-        return made[1]
-    settings = backend.native().BlockSettings(
+    description = (
         attention.heads,
         attention.kv_heads,
         attention.head_dim,
@@ -142,8 +144,10 @@ def _settings(block: nn.Module):
         attention.head_dim**-0.5,
         ACTIVATIONS.index(block.ffn.activation),
     )
-    block.__dict__["_native_settings"] = key, settings
-    return settings
+    made = block.__dict__.get("_native_settings")
+    if made is None or made[0] != description:
+        made = block.__dict__["_native_settings"] = description, backend.native().BlockSettings(*description)
+    return made[1]
 
 
 class _BlockFunction(torch.autograd.Function):

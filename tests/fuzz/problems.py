@@ -4,6 +4,8 @@ Hypothesis gives a tape of random bytes, from which a `Maker` reads sizes, optio
 stand for the simplest choice, so hypothesis, which turns bytes to zero, makes a failing problem small; and every problem
 is new (drawn choice by choice, hypothesis makes four of five by changing one choice of the last).
 Inputs are of order one and products are scaled to stay so: the rule's floor relies on it.
+
+Above 500 lines: a strategy for each op, a page each, and nothing else.
 """
 
 from __future__ import annotations
