@@ -1,6 +1,7 @@
 """Whole models on CUDA kernels, emulated or real: the same losses and tokens as on the CPU's kernels."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from training import one_thread, tiny_config, train
 
 import llmfast
 from llmfast import backend
+from llmfast.generate import decoding, graphs
 from llmfast.models import GPT, GPTConfig
 from llmfast.nn import Linear
 
@@ -115,6 +117,55 @@ def test_choose_device(monkeypatch):
     assert backend.choose_device("cuda") == torch.device("cuda", 0)
     with pytest.raises(ValueError, match="device: got 'cuda:2', but torch finds 2 GPUs here"):
         backend.choose_device("cuda:2")
+
+
+@pytest.mark.parametrize("prompts", [[[1, 2, 3, 4], [5, 6]], [[7, 8, 9]]], ids=["padded", "one"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoding_by_graph(cuda, monkeypatch, family, prompts):
+    """The step that a graph holds, replayed on a GPU and simply called under the emulation, over several buckets."""
+    monkeypatch.setattr(graphs, "BUCKET", 8)
+    captured = []
+    if cuda == "cpu":
+        monkeypatch.setattr(graphs.GraphedStep, "_capture", lambda self: captured.append(self._columns) or self._step)
+    else:
+        capture = graphs.GraphedStep._capture
+        monkeypatch.setattr(
+            graphs.GraphedStep, "_capture", lambda self: captured.append(self._columns) or capture(self)
+        )
+    model = GPT(FAMILIES[family]).to(cuda)
+    options = {"max_new_tokens": 18, "temperature": 0.7, "seed": 5}
+    monkeypatch.setattr(decoding, "why_not_graphed", lambda *_: "for comparison")
+    expected = [row.tolist() for row in model.generate([torch.tensor(p, device=cuda) for p in prompts], **options)]
+    assert not captured
+    monkeypatch.setattr(decoding, "why_not_graphed", lambda *_: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = [row.tolist() for row in model.generate([torch.tensor(p, device=cuda) for p in prompts], **options)]
+    assert found == expected
+    assert captured == [8, 16, len(prompts[0]) + 17]
+
+
+def test_when_graphs_are_used(monkeypatch):
+    gpu, model = torch.device("cuda", 0), GPT(FAMILIES["gpt2"])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert graphs.why_not_graphed(model, gpu, 100) is None
+    assert graphs.why_not_graphed(model, torch.device("cpu"), 100) == "not a GPU"
+    assert graphs.why_not_graphed(model, gpu, 3) == "too few tokens"
+    assert "window" in graphs.why_not_graphed(GPT(FAMILIES["gpt2"].replace(window=4)), gpu, 100)
+    model.norm.register_forward_hook(lambda *_: None)
+    assert "hooks" in graphs.why_not_graphed(model, gpu, 100)
+
+
+def test_capture_that_fails_leaves_decoding_as_it_was(monkeypatch):
+    def fail(self):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    model, prompt = GPT(FAMILIES["gpt2"]), torch.tensor([[1, 2, 3]])
+    expected = model.generate(prompt, max_new_tokens=16, temperature=0)
+    monkeypatch.setattr(decoding, "why_not_graphed", lambda *_: None)
+    monkeypatch.setattr(graphs.GraphedStep, "_capture", fail)
+    with pytest.warns(UserWarning, match="decoding without a CUDA graph: operation not permitted"):
+        assert torch.equal(model.generate(prompt, max_new_tokens=16, temperature=0), expected)
 
 
 __all__ = ["one_thread"]
