@@ -1,7 +1,5 @@
 """What only a real GPU can show: streams, graphs, compilers, autocast, large tensors, several devices. Skipped elsewhere."""
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -119,8 +117,7 @@ def test_autocast():
     with torch.autocast("cuda", BF16):
         loss = model(inputs, targets)
     loss.backward()
-    expected = copy.deepcopy(model).double().float()(inputs, targets)
-    torch.testing.assert_close(loss, expected, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(loss, model(inputs, targets), rtol=1e-2, atol=1e-2)
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
