@@ -72,7 +72,7 @@ SUFFIX_TARGETS = {
 # Of `_cuda` alone; all other .cpp files belong to `_cpu`, and both have core/check.cpp and *_checks.cpp.
 CUDA_ONLY = ("bindings_cuda/*.cpp", "core/cuda_*.cpp", "ptx/emulated/*.cpp", "**/*_cuda.cpp")
 CUDA_ARCHS = [arch for arch in os.environ.get("LLMFAST_CUDA_ARCHS", "80;90a").split(";") if arch]
-CUDA_DEFINES = ["-DLLMFAST_TARGET=cuda", *(["-DLLMFAST_SM90A"] if "90a" in CUDA_ARCHS and not EMULATE_CUDA else [])]
+CUDA_DEFINES = ["-DLLMFAST_TARGET=cuda", *(["-DLLMFAST_SM90A"] if "90a" in CUDA_ARCHS else [])]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
 EMULATED_CUDA_FLAGS = ["-DLLMFAST_EMULATE_CUDA", "-O1", "-Wno-unused-parameter"]
 
@@ -174,12 +174,12 @@ def cuda_objects(build_dir: Path):
         CSRC / "core" / "check.cpp",
         *(p for q in ("core/cuda_*", "**/*_checks", "**/*_cuda") for p in CSRC.glob(f"{q}.cpp")),
     ]
-    kernels = list(CSRC.rglob("*_sm80.cu"))
+    kernels = [*CSRC.rglob("*_sm80.cu"), *(CSRC.rglob("*_sm90a.cu") if "90a" in CUDA_ARCHS else [])]
     if EMULATE_CUDA:
         plain += [*CSRC.glob("ptx/emulated/*.cpp"), *kernels]
         kernels = []
     else:
-        kernels += [CSRC / "core" / "cuda_device.cu", *(CSRC.rglob("*_sm90a.cu") if "90a" in CUDA_ARCHS else [])]
+        kernels.append(CSRC / "core" / "cuda_device.cu")
     for source in sorted([*plain, *kernels]):
         name = str(source.relative_to(CSRC).with_suffix("")).replace(os.sep, "-")
         flags = [*NVCC_FLAGS, *arch_flags(source)] if source in kernels else emulated
