@@ -20,11 +20,6 @@
 
 namespace llmfast::cuda {
 
-// Parts of the depth: part p covers [p * depth, (p + 1) * depth).
-struct Parts {
-  int64_t count, depth;
-};
-
 template <class Tile, class Epilogue>
 __device__ void finish_tile(const Accumulators<Tile>& acc, GemmShape shape, int64_t first_m, int64_t first_n,
                             float* shared, const Epilogue& epilogue) {
