@@ -168,8 +168,8 @@ Variant tile_variant(const char* name, int raster) {
 template <class T, Major kA, Major kB>
 Variant planned() {
   return {"planned", [](const Problem& p) {
-            hopper_gemm<T, kA, kB>(p.operand_a(), p.operand_b(), p.shape, StoreEpilogue<T>{static_cast<T*>(p.c), p.ldc},
-                                   p.workspace, kStream);
+            HopperProduct::run<T, kA, kB>(p.operand_a(), p.operand_b(), p.shape,
+                                      StoreEpilogue<T>{static_cast<T*>(p.c), p.ldc}, p.workspace, kStream);
           }};
 }
 template <class T, Major kA, Major kB>

@@ -138,20 +138,28 @@ void launch_hopper_gemm(const Operand& a, const Operand& b, GemmShape shape, Hop
     launch_hopper_gemm<T, HopperLargeTile, kA, kB>(a, b, shape, parts, epilogue, stream);
 }
 
-// As gemm(); every operand satisfies can_map() and K is positive. `workspace`: hopper_parts_workspace(shape) floats, or
-// null: the depth stays whole.
-template <class T, Major kA, Major kB, class Epilogue>
-void hopper_gemm(const Operand& a, const Operand& b, GemmShape shape, const Epilogue& epilogue, float* workspace,
-                 const Stream& stream) {
-  if (shape.M == 0 || shape.N == 0) return;
-  const HopperPlan plan = hopper_plan(shape, workspace != nullptr);
-  if (plan.parts == 1)
-    return launch_hopper_gemm<T, kA, kB>(a, b, shape, plan.tile, {1, shape.K}, epilogue, stream);
-  launch_hopper_gemm<T, kA, kB>(a, b, shape, plan.tile, {plan.parts, part_depth(shape.K, plan.parts)},
-                                PartEpilogue{workspace, shape.M, shape.N, 0}, stream);
-  const auto blocks = static_cast<unsigned>(ceil_div(shape.M * ceil_div(shape.N, 8), kAddThreads));
-  launch(stream, {blocks}, kAddThreads, 0, add_parts_kernel<Epilogue>, workspace, shape.M, shape.N, plan.parts,
-         epilogue);
-}
+// As PortableProduct; every operand satisfies fits() and K is positive. `workspace`: hopper_parts_workspace(shape) floats,
+// or null: the depth stays whole.
+struct HopperProduct {
+  static bool fits(const Operand& operand, Major major, int64_t mn, int64_t k) {
+    return can_map(mapped_operand(operand, DType::bf16, major, mn, k, 64));
+  }
+  template <class T>
+  static int64_t columns_together(GemmShape) {
+    return 32;
+  }
+
+  template <class T, Major kA, Major kB, class Epilogue>
+  static void run(const Operand& a, const Operand& b, GemmShape shape, const Epilogue& epilogue, float* workspace,
+                  const Stream& stream) {
+    if (shape.M == 0 || shape.N == 0) return;
+    const HopperPlan plan = hopper_plan(shape, workspace != nullptr);
+    if (plan.parts == 1)
+      return launch_hopper_gemm<T, kA, kB>(a, b, shape, plan.tile, {1, shape.K}, epilogue, stream);
+    launch_hopper_gemm<T, kA, kB>(a, b, shape, plan.tile, {plan.parts, part_depth(shape.K, plan.parts)},
+                                  PartEpilogue{workspace, shape.M, shape.N, 0}, stream);
+    add_parts<HopperProduct>(workspace, shape, plan.parts, epilogue, stream);
+  }
+};
 
 }  // namespace llmfast::cuda

@@ -33,11 +33,18 @@ using HopperAccumulators = float[Tile::kFragments][Tile::kN / 2];
 
 constexpr int kSlabBytes = 64 * 128;  // 64 rows of 128 bytes
 
-// The map of an operand [mn, k] whose tiles have kTileMn rows.
+// The map of an operand [mn, k] whose tiles have `tile_mn` rows. A single row may have any stride.
 inline MappedTensor mapped_operand(const Operand& operand, DType dtype, Major major, int64_t mn, int64_t k, int tile_mn) {
-  if (major == Major::k)
-    return {operand.data, dtype, 2, {k, mn}, {1, operand.stride_mn}, {kHopperDepth, tile_mn}, Swizzle::bytes128};
-  return {operand.data, dtype, 2, {mn, k}, {1, operand.stride_k}, {64, kHopperDepth}, Swizzle::bytes128};
+  const bool by_k = major == Major::k;
+  const int64_t along = by_k ? k : mn, across = by_k ? mn : k;
+  const int64_t unit = by_k ? operand.stride_k : operand.stride_mn, stride = by_k ? operand.stride_mn : operand.stride_k;
+  return {operand.data,
+          dtype,
+          2,
+          {along, across},
+          {along == 1 ? 1 : unit, across == 1 ? ceil_div(along, kChunk) * kChunk : stride},
+          {64, by_k ? tile_mn : kHopperDepth},
+          Swizzle::bytes128};
 }
 
 // The ring: stages from `base` on, a multiple of 1024; each has a barrier for its bytes and one for its readers' leave.

@@ -67,10 +67,14 @@ constexpr HopperPlan hopper_plan(GemmShape s, bool may_cut) {
   return best;
 }
 
-// Floats of scratch for the parts' sums.
+// Floats of scratch for the parts' sums; and for those of whichever product runs, this or gemm.h's.
 constexpr int64_t hopper_parts_workspace(GemmShape s) {
   const int64_t parts = hopper_plan(s, true).parts;
   return parts > 1 ? parts * s.M * s.N : 0;
+}
+constexpr int64_t product_workspace(GemmShape s) {
+  const int64_t portable = parts_workspace(s), hopper = hopper_parts_workspace(s);
+  return portable > hopper ? portable : hopper;
 }
 
 }  // namespace llmfast::cuda
