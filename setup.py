@@ -229,7 +229,10 @@ class NinjaBuild(build_ext):
         if any(codes):
             sys.exit("llmfast: compiling the native module failed; the compiler's first error is above.")
         for _, built, output in started:
-            shutil.copyfile(built, output)
+            # Replaced, not overwritten: a process may have the old one in its memory.
+            fresh = output.with_name(f"{output.name}.{os.getpid()}")
+            shutil.copyfile(built, fresh)
+            fresh.replace(output)
 
     def start(self, ext: Extension) -> tuple[subprocess.Popen, Path, Path]:
         import ninja

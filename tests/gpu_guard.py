@@ -16,6 +16,7 @@ import pytest
 import torch
 
 LIMIT = float(os.environ.get("LLMFAST_GPU_TEST_LIMIT", "30"))
+STDERR = os.fdopen(os.dup(2), "w")  # while pytest captures, 2 is a file that nobody will read
 PROGRESS = Path(os.environ.get("LLMFAST_GPU_PROGRESS") or os.devnull)
 
 
@@ -53,7 +54,7 @@ def pytest_collection_modifyitems(config, items) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
     note(f"start {item.nodeid.replace(' ', '_')}")
-    faulthandler.dump_traceback_later(LIMIT, exit=True)
+    faulthandler.dump_traceback_later(LIMIT, exit=True, file=STDERR)
     try:
         return (yield)
     finally:
