@@ -5,7 +5,8 @@
 // called by a warpgroup for its accumulators of 64 rows from m on and 64 columns from n on, laid out as warpgroup_product
 // leaves them. Boxes beyond C's edges are not stored. An epilogue of rows has kRows and
 //   template <int kN> void rows(float (&x)[kN / 2], int m, int n) const
-// called for 64 rows and all columns of a tile.
+// called for 64 rows and all columns of a tile. A paired epilogue of boxes has kPaired, too, and box(first, second, m, n,
+// slabs): its B is two matrices [N, K], whose products with A come together.
 #pragma once
 #include "core/tensor_map.h"
 #include "gemm/cuda/epilogue.h"
@@ -15,7 +16,8 @@
 
 namespace llmfast::cuda {
 
-// What stands for an epilogue on Hopper: kOwn, fits(epilogue, shape) and make(epilogue, shape); by default itself.
+// What stands for an epilogue on Hopper, by default itself: kOwn, fits(epilogue, shape), and visit(epilogue, shape, body),
+// which calls body with it.
 template <class Epilogue>
 struct OnHopper {
   static constexpr bool kOwn = false;
@@ -39,6 +41,35 @@ struct IsOfRows<Epilogue, std::enable_if_t<Epilogue::kRows>> {
   static constexpr bool kHolds = true;
 };
 
+template <class Epilogue, class = void>
+struct IsPaired {
+  static constexpr bool kHolds = false;
+};
+template <class Epilogue>
+struct IsPaired<Epilogue, std::enable_if_t<Epilogue::kPaired>> {
+  static constexpr bool kHolds = true;
+};
+
+// Neighbouring columns of a box in one register: pairs[i] is x[2 i] and x[2 i + 1].
+template <class T>
+__device__ __forceinline__ void pack_box(uint32_t (&pairs)[16], const float (&x)[32]) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i) pairs[i] = pack_pair<T>(x[2 * i], x[2 * i + 1]);
+}
+
+// The box of a matrix [M, N], N and its rows' starts even, in the accumulators' layout; zeros beyond the edges.
+template <class T>
+__device__ __forceinline__ void load_box(uint32_t (&pairs)[16], const T* from, int64_t ld, int m, int n, int64_t M,
+                                         int64_t N) {
+  const int row = m + warp() % 4 * 16 + lane() / 4, col = n + lane() % 4 * 2;
+  const T* const start = from + row * ld + col;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    const int down = i % 2 * 8, right = i / 2 * 8;
+    pairs[i] = row + down < M && col + right < N ? load<Bytes4>(start + down * ld + right).word[0] : 0;
+  }
+}
+
 // A warpgroup's ring of slabs. Its first thread hands them to the copy engine and waits for it.
 template <int kSlabs>
 class Slabs {
@@ -48,17 +79,19 @@ class Slabs {
   // x, rounded to T, to the box of `map` at (m, n).
   template <class T>
   __device__ __forceinline__ void store(const TensorMap* map, const float (&x)[32], int m, int n) {
+    uint32_t pairs[16];
+    pack_box<T>(pairs, x);
+    store(map, pairs, m, n);
+  }
+  __device__ __forceinline__ void store(const TensorMap* map, const uint32_t (&pairs)[16], int m, int n) {
     if (leads()) bulk_wait_read<kSlabs - 1>();
     barrier_sync(barrier_, 128);
     const uint32_t slab = base_ + next_ * kSlabBytes;
     const int row = warp() % 4 * 16 + lane() % 16;
 #pragma unroll
-    for (int chunk = 0; chunk < 8; chunk += 2) {
-      uint32_t pairs[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) pairs[i] = pack_pair<T>(x[chunk * 4 + 2 * i], x[chunk * 4 + 2 * i + 1]);
-      stmatrix_x4(slab + chunk_offset<64>(row, chunk + lane() / 16), pairs);
-    }
+    for (int i = 0; i < 4; ++i)
+      stmatrix_x4(slab + chunk_offset<64>(row, 2 * i + lane() / 16),
+                  {pairs[4 * i], pairs[4 * i + 1], pairs[4 * i + 2], pairs[4 * i + 3]});
     fence_async_proxy();
     barrier_sync(barrier_, 128);
     if (leads()) {
@@ -120,6 +153,10 @@ struct OnHopper<StoreEpilogue<T, T>> {
   }
   static BoxStoreEpilogue<T> make(const StoreEpilogue<T>& e, GemmShape shape) {
     return {make_tensor_map(mapped_boxes(e.c, half_dtype<T>(), e.ldc, shape)), e.bias, shape.N};
+  }
+  template <class Body>
+  static void visit(const StoreEpilogue<T>& e, GemmShape shape, const Body& body) {
+    body(make(e, shape));
   }
 };
 

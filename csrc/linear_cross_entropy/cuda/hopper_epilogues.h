@@ -48,8 +48,9 @@ template <>
 struct OnHopper<cross_entropy::LogSumEpilogue> {
   static constexpr bool kOwn = true;
   static bool fits(const cross_entropy::LogSumEpilogue&, GemmShape) { return true; }
-  static LogSumRows make(const cross_entropy::LogSumEpilogue& e, GemmShape shape) {
-    return {e.parts, e.target_logits, e.target, e.M, shape.N, e.first};
+  template <class Body>
+  static void visit(const cross_entropy::LogSumEpilogue& e, GemmShape shape, const Body& body) {
+    body(LogSumRows{e.parts, e.target_logits, e.target, e.M, shape.N, e.first});
   }
 };
 
@@ -91,8 +92,10 @@ struct OnHopper<cross_entropy::LogitGradientEpilogue<T>> {
   static bool fits(const cross_entropy::LogitGradientEpilogue<T>& e, GemmShape shape) {
     return can_map(mapped(e, shape));
   }
-  static LogitGradientBoxes<T> make(const cross_entropy::LogitGradientEpilogue<T>& e, GemmShape shape) {
-    return {make_tensor_map(mapped(e, shape)), e.lse, e.grad, e.target, shape.M, e.first, e.ignore_index};
+  template <class Body>
+  static void visit(const cross_entropy::LogitGradientEpilogue<T>& e, GemmShape shape, const Body& body) {
+    body(LogitGradientBoxes<T>{make_tensor_map(mapped(e, shape)), e.lse, e.grad, e.target, shape.M, e.first,
+                               e.ignore_index});
   }
 };
 
