@@ -86,7 +86,7 @@ def test_ffn(hopper, shape, gated):
 def test_activations(hopper, activation):
     with on_sm90a("ffn", "ffn_backward"):
         for gated in (False, True):
-            check_ffn(hopper, make_ffn(9, 24, 40, gated=gated), activation, F16)
+            check_ffn(hopper, make_ffn(7, 24, 40, gated=gated), activation, F16)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)

@@ -1,5 +1,5 @@
 // ffn on Hopper's product (gemm/cuda/hopper_gemm.h): 16-bit matrices with contiguous, 16-byte aligned rows.
-#include "ffn/cuda/driver.h"
+#include "ffn/cuda/hopper_epilogues.h"
 #include "gemm/cuda/hopper_gemm.h"
 
 namespace llmfast::cuda {

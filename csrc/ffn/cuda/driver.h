@@ -100,6 +100,18 @@ struct SlopeEpilogue {
   }
 };
 
+// hidden, and what is saved, of a gated ffn: `epilogue` reads the gate that the first product writes.
+template <class Product>
+struct GatedProducts {
+  template <class T>
+  static void run(const Operand& x, const Operand& gate_weight, const Operand& up_weight, GemmShape shape, T* gate,
+                  const HiddenEpilogue<T>& epilogue, float* parts, const Stream& stream) {
+    Product::template run<T, Major::k, Major::k>(x, gate_weight, shape, StoreEpilogue<T>{gate, epilogue.ld_gate}, parts,
+                                                 stream);
+    Product::template run<T, Major::k, Major::k>(x, up_weight, shape, epilogue, parts, stream);
+  }
+};
+
 template <class Product, class T>
 void forward(const FfnParams& p, const Stream& stream) {
   const int64_t M = p.x.shape[0], C = p.x.shape[1], F = p.up_weight.shape[0], ld = row_elements(F);
@@ -109,13 +121,15 @@ void forward(const FfnParams& p, const Stream& stream) {
   const Operand x = operand(p.x), hidden{scratch.hidden, ld, 1};
   T* gate = saved ? p.gate.as<T>() : scratch.gate;
   const int64_t ld_gate = saved ? p.gate.stride[0] : ld;
+  const HiddenEpilogue<T> epilogue{p.activation,   p.up_bias.as<const T>(), gated ? gate : nullptr,
+                                   scratch.hidden, p.up.as<T>(),            ld_gate,
+                                   ld,             p.up.stride[0]};
+  const GemmShape shape{M, F, C};
   if (gated)
-    Product::template run<T, Major::k, Major::k>(x, operand(p.gate_weight), {M, F, C}, StoreEpilogue<T>{gate, ld_gate}, scratch.parts,
+    GatedProducts<Product>::run(x, operand(p.gate_weight), operand(p.up_weight), shape, gate, epilogue, scratch.parts,
                                 stream);
-  Product::template run<T, Major::k, Major::k>(x, operand(p.up_weight), {M, F, C},
-                              HiddenEpilogue<T>{p.activation, p.up_bias.as<const T>(), gated ? gate : nullptr,
-                                                scratch.hidden, p.up.as<T>(), ld_gate, ld, p.up.stride[0]},
-                              scratch.parts, stream);
+  else
+    Product::template run<T, Major::k, Major::k>(x, operand(p.up_weight), shape, epilogue, scratch.parts, stream);
   Product::template run<T, Major::k, Major::k>(hidden, operand(p.down_weight), {M, C, F}, store_to<T>(p.out, p.down_bias), scratch.parts,
                               stream);
 }

@@ -138,6 +138,7 @@ void launch_gemm(Operand a, Operand b, GemmShape shape, TileSize tile, Parts par
 // A product that drivers of ops are written for: this one, or hopper_gemm.h's.
 struct PortableProduct {
   // How many neighbouring columns of a row an epilogue sees in neighbouring lanes, without a workspace.
+  static constexpr int64_t kLeastColumnsTogether = LargeTile::kWarpN;
   template <class T>
   static int64_t columns_together(GemmShape shape) {
     if constexpr (std::is_same_v<T, float>) return 64;

@@ -3,11 +3,13 @@
 //
 // Persistent blocks of three warpgroups, one a multiprocessor, take tiles in a fixed order (hopper_schedule.h). One
 // thread of the first fills the ring of stages, running ahead into the next tile; the other two multiply
-// (hopper_mainloop.h). Finished accumulators go to the epilogue (epilogue.h) out of registers: four lanes that hold a
-// row's pairs of columns exchange them so that each has eight neighbouring columns. With few tiles and a great depth
-// blocks share a tile's depth and a second kernel adds the parts in order, as in gemm.h.
+// (hopper_mainloop.h). Finished accumulators go to the epilogue out of registers: to one of boxes or of whole rows
+// (hopper_boxes.h) as they are; for others (epilogue.h) the four lanes that hold a row's pairs of columns exchange them so that each has eight
+// neighbouring columns. With few tiles and a great depth blocks share a tile's depth and a second kernel adds the parts in
+// order, as in gemm.h.
 #pragma once
 #include "gemm/cuda/gemm.h"
+#include "gemm/cuda/hopper_boxes.h"
 #include "gemm/cuda/hopper_mainloop.h"
 
 namespace llmfast::cuda {
@@ -62,12 +64,45 @@ __device__ __forceinline__ void finish_rows(const HopperAccumulators<Tile>& acc,
     }
 }
 
+// The same to an epilogue of boxes.
+template <class Tile, class Epilogue>
+__device__ __forceinline__ void finish_boxes(HopperAccumulators<Tile>& acc, int m, int n, const Epilogue& epilogue,
+                                             Slabs<SlabsOf<Epilogue>::kCount>& slabs) {
+#pragma unroll
+  for (int i = 0; i < Tile::kFragments; ++i)
+#pragma unroll
+    for (int j = 0; j < Tile::kN / 64; ++j) {
+      float x[32];
+#pragma unroll
+      for (int e = 0; e < 32; ++e) x[e] = acc[i][j * 32 + e];
+      epilogue.box(x, m + i * 64, n + j * 64, slabs);
+    }
+}
+template <class Tile, class Epilogue>
+__device__ __forceinline__ void finish_paired_boxes(HopperAccumulators<Tile>& acc, int m, int n,
+                                                    const Epilogue& epilogue,
+                                                    Slabs<SlabsOf<Epilogue>::kCount>& slabs) {
+#pragma unroll
+  for (int i = 0; i < Tile::kFragments; ++i)
+#pragma unroll
+    for (int j = 0; j < Tile::kN / 128; ++j) {
+      float x[32], y[32];
+#pragma unroll
+      for (int e = 0; e < 32; ++e) x[e] = acc[i][j * 32 + e], y[e] = acc[i][Tile::kN / 4 + j * 32 + e];
+      epilogue.box(x, y, m + i * 64, n + j * 64, slabs);
+    }
+}
+
 template <class T, class Tile, Major kA, Major kB, class Epilogue>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
-    hopper_gemm_kernel(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, const GemmShape shape,
-                       const Schedule schedule, Epilogue epilogue) {
+    hopper_gemm_kernel(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b,
+                       const __grid_constant__ TensorMap second_b, const GemmShape shape, const Schedule schedule,
+                       const __grid_constant__ Epilogue epilogue) {
+  constexpr int kSlabs = SlabsOf<Epilogue>::kCount;
+  constexpr bool kPaired = IsPaired<Epilogue>::kHolds;
   const uint32_t base = (shared_address(dynamic_shared<char>()) + 1023) / 1024 * 1024;
-  const Ring<Tile> ring{base, base + Ring<Tile>::kBytes};
+  const uint32_t after_ring = base + Ring<Tile>::kBytes;
+  const Ring<Tile> ring{base, after_ring + 2 * kSlabs * kSlabBytes};
   if (thread() == 0) {
     prefetch_map(&a);
     prefetch_map(&b);
@@ -78,14 +113,26 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   const int warpgroup = __shfl_sync(kAllLanes, warp() / 4, 0);  // the same for the compiler, too
   if (warpgroup == 0) {
     registers_shrink<40>();
-    if (thread() == 0) fill_ring<Tile, kA, kB>(ring, &a, &b, schedule);
+    if (thread() == 0) fill_ring<Tile, kA, kB, kPaired>(ring, &a, &b, &second_b, schedule);
     return;
   }
   registers_grow<232>();
   const int which = warpgroup - 1;
-  const auto finish = [&](const HopperAccumulators<Tile>& acc, const Work& work, int first_row) {
-    if constexpr (std::is_same_v<Epilogue, PartEpilogue>) epilogue.part = work.part;
-    finish_rows<Tile>(acc, shape, int64_t{work.tile_m} * Tile::kM + first_row, int64_t{work.tile_n} * Tile::kN, epilogue);
+  Slabs<kSlabs> slabs(after_ring + which * kSlabs * kSlabBytes, 3 + which);
+  const auto finish = [&](HopperAccumulators<Tile>& acc, const Work& work, int first_row) {
+    const int m = work.tile_m * Tile::kM + first_row, n = work.tile_n * (kPaired ? Tile::kN / 2 : Tile::kN);
+    if constexpr (IsOfRows<Epilogue>::kHolds) {
+#pragma unroll
+      for (int i = 0; i < Tile::kFragments; ++i) epilogue.template rows<Tile::kN>(acc[i], m + i * 64, n);
+    } else if constexpr (kPaired) {
+      finish_paired_boxes<Tile>(acc, m, n, epilogue, slabs);
+    } else if constexpr (kSlabs > 0) {
+      finish_boxes<Tile>(acc, m, n, epilogue, slabs);
+    } else if constexpr (std::is_same_v<Epilogue, PartEpilogue>) {
+      finish_rows<Tile>(acc, shape, m, n, PartEpilogue{epilogue.parts, epilogue.M, epilogue.N, work.part});
+    } else {
+      finish_rows<Tile>(acc, shape, m, n, epilogue);
+    }
   };
   HopperAccumulators<Tile> acc;
   RingPlace<Tile::kStages> place;
@@ -113,29 +160,37 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       finish(acc, work, 0);
     }
   }
+  if constexpr (kSlabs > 0) slabs.finish();
 }
 
+// second_b: the other half of a paired epilogue's B, or null.
 template <class T, class Tile, Major kA, Major kB, class Epilogue>
 void launch_hopper_gemm(const Operand& a, const Operand& b, GemmShape shape, Parts parts, const Epilogue& epilogue,
-                        const Stream& stream, int raster = Tile::kN == 256 ? 16 : 12) {
-  constexpr DType dtype = std::is_same_v<T, bf16> ? DType::bf16 : DType::f16;
-  const Schedule schedule(shape, parts, Tile::kM, Tile::kN, raster);
+                        const Stream& stream, int raster = Tile::kN == 256 ? 16 : 12,
+                        const Operand* second_b = nullptr) {
+  constexpr int kColumns = IsPaired<Epilogue>::kHolds ? Tile::kN / 2 : Tile::kN;
+  constexpr size_t kShared = 1024 + Ring<Tile>::kBytes + 2 * SlabsOf<Epilogue>::kCount * kSlabBytes +
+                             Ring<Tile>::kBarrierBytes;
+  static_assert(kShared <= 232448);
+  const Schedule schedule(shape, parts, Tile::kM, kColumns, raster);
   const int multiprocessors = device_info(stream.device).multiprocessors;
   const auto blocks = static_cast<unsigned>(schedule.items() < multiprocessors ? schedule.items() : multiprocessors);
-  constexpr size_t kShared = 1024 + Ring<Tile>::kBytes + Ring<Tile>::kBarrierBytes;
-  static_assert(kShared <= 232448);
+  const auto map_b = [&](const Operand& operand) {
+    return make_tensor_map(mapped_operand(operand, half_dtype<T>(), kB, shape.N, shape.K, kColumns));
+  };
+  const TensorMap first = map_b(b);
   launch(stream, {blocks}, Tile::kThreads, kShared, hopper_gemm_kernel<T, Tile, kA, kB, Epilogue>,
-         make_tensor_map(mapped_operand(a, dtype, kA, shape.M, shape.K, Tile::kM)),
-         make_tensor_map(mapped_operand(b, dtype, kB, shape.N, shape.K, Tile::kN)), shape, schedule, epilogue);
+         make_tensor_map(mapped_operand(a, half_dtype<T>(), kA, shape.M, shape.K, Tile::kM)), first,
+         second_b ? map_b(*second_b) : first, shape, schedule, epilogue);
 }
 
 template <class T, Major kA, Major kB, class Epilogue>
 void launch_hopper_gemm(const Operand& a, const Operand& b, GemmShape shape, HopperTileSize tile, Parts parts,
-                        const Epilogue& epilogue, const Stream& stream) {
+                        const Epilogue& epilogue, const Stream& stream, const Operand* second_b = nullptr) {
   if (tile == HopperTileSize::wide)
-    launch_hopper_gemm<T, HopperWideTile, kA, kB>(a, b, shape, parts, epilogue, stream);
+    launch_hopper_gemm<T, HopperWideTile, kA, kB>(a, b, shape, parts, epilogue, stream, 16, second_b);
   else
-    launch_hopper_gemm<T, HopperLargeTile, kA, kB>(a, b, shape, parts, epilogue, stream);
+    launch_hopper_gemm<T, HopperLargeTile, kA, kB>(a, b, shape, parts, epilogue, stream, 12, second_b);
 }
 
 // As PortableProduct; every operand satisfies fits() and K is positive. `workspace`: hopper_parts_workspace(shape) floats,
@@ -144,9 +199,11 @@ struct HopperProduct {
   static bool fits(const Operand& operand, Major major, int64_t mn, int64_t k) {
     return can_map(mapped_operand(operand, DType::bf16, major, mn, k, 64));
   }
+  // Of epilogues of rows.
+  static constexpr int64_t kLeastColumnsTogether = HopperLargeTile::kN;
   template <class T>
-  static int64_t columns_together(GemmShape) {
-    return 32;
+  static int64_t columns_together(GemmShape shape) {
+    return hopper_plan(shape, false).tile == HopperTileSize::wide ? HopperWideTile::kN : HopperLargeTile::kN;
   }
 
   template <class T, Major kA, Major kB, class Epilogue>
@@ -154,11 +211,25 @@ struct HopperProduct {
                   const Stream& stream) {
     if (shape.M == 0 || shape.N == 0) return;
     const HopperPlan plan = hopper_plan(shape, workspace != nullptr);
+    if constexpr (OnHopper<Epilogue>::kOwn)
+      if (plan.parts == 1 && OnHopper<Epilogue>::fits(epilogue, shape))
+        return OnHopper<Epilogue>::visit(epilogue, shape, [&](const auto& own) {
+          launch_hopper_gemm<T, kA, kB>(a, b, shape, plan.tile, {1, shape.K}, own, stream);
+        });
     if (plan.parts == 1)
       return launch_hopper_gemm<T, kA, kB>(a, b, shape, plan.tile, {1, shape.K}, epilogue, stream);
     launch_hopper_gemm<T, kA, kB>(a, b, shape, plan.tile, {plan.parts, part_depth(shape.K, plan.parts)},
                                   PartEpilogue{workspace, shape.M, shape.N, 0}, stream);
     add_parts<HopperProduct>(workspace, shape, plan.parts, epilogue, stream);
+  }
+
+  // Both products of a paired epilogue, {M, N, K} each.
+  template <class T, Major kA, Major kB, class Epilogue>
+  static void run_paired(const Operand& a, const Operand& b, const Operand& second_b, GemmShape shape,
+                         const Epilogue& epilogue, const Stream& stream) {
+    if (shape.M == 0 || shape.N == 0) return;
+    const HopperPlan plan = hopper_plan({shape.M, 2 * shape.N, shape.K}, false);
+    launch_hopper_gemm<T, kA, kB>(a, b, shape, plan.tile, {1, shape.K}, epilogue, stream, &second_b);
   }
 };
 

@@ -76,9 +76,12 @@ __device__ __forceinline__ void load_operand(uint32_t to, const TensorMap* map, 
   }
 }
 
-// One thread: the stages of all of the block's work, in order, as they become free.
-template <class Tile, Major kA, Major kB>
-__device__ void fill_ring(const Ring<Tile>& ring, const TensorMap* a, const TensorMap* b, const Schedule& schedule) {
+// One thread: the stages of all of the block's work, in order, as they become free. Paired: a tile's columns are kN / 2 of
+// b and the same of second_b.
+template <class Tile, Major kA, Major kB, bool kPaired>
+__device__ void fill_ring(const Ring<Tile>& ring, const TensorMap* a, const TensorMap* b, const TensorMap* second_b,
+                          const Schedule& schedule) {
+  constexpr int kColumns = kPaired ? Tile::kN / 2 : Tile::kN;
   RingPlace<Tile::kStages> place;
   for (int item = blockIdx.x; item < schedule.items(); item += gridDim.x) {
     const Work work = schedule.at(item);
@@ -88,7 +91,10 @@ __device__ void fill_ring(const Ring<Tile>& ring, const TensorMap* a, const Tens
       mbarrier_wait(ring.empty(place.stage), place.parity ^ 1);
       mbarrier_arrive_expect(full, Tile::kStageBytes);
       load_operand<kA, Tile::kM>(to, a, full, work.tile_m * Tile::kM, k);
-      load_operand<kB, Tile::kN>(to + Tile::kBytesA, b, full, work.tile_n * Tile::kN, k);
+      load_operand<kB, kColumns>(to + Tile::kBytesA, b, full, work.tile_n * kColumns, k);
+      if constexpr (kPaired)
+        load_operand<kB, kColumns>(to + Tile::kBytesA + kColumns * kHopperDepth * 2, second_b, full,
+                                   work.tile_n * kColumns, k);
     }
   }
 }

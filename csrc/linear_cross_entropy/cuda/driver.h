@@ -20,8 +20,7 @@ namespace cross_entropy {
 
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.69314718f;
 constexpr float kLowest = -3.0e38f;
-constexpr int64_t kForwardChunk = 4096;
-constexpr int64_t kLeastGroup = 32;                    // columns to a part
+constexpr int64_t kForwardParts = 128;                    // of a row's columns in a chunk of the vocabulary
 constexpr int64_t kGradientElements = int64_t{1} << 26;  // of d_logits: large products, a bounded buffer
 
 // A row's logits so far, in powers of two: sum of 2^(logit - top).
@@ -39,7 +38,7 @@ struct ForwardScratch {
   float* target_logits;
 
   ForwardScratch(Scratch& scratch, int64_t M)
-      : parts(scratch.take<LogSum>(M * (kForwardChunk / kLeastGroup))),
+      : parts(scratch.take<LogSum>(M * kForwardParts)),
         rows(scratch.take<LogSum>(M)),
         target_logits(scratch.take<float>(M)) {}
 };
@@ -142,8 +141,9 @@ void forward(const LinearCrossEntropyParams& p, const Stream& stream) {
   Scratch carve(p.workspace.data);
   const ForwardScratch scratch(carve, M);
   const auto* target = p.target.as<const int64_t>();
-  for (int64_t v = 0; v < V; v += kForwardChunk) {
-    const int64_t count = V - v < kForwardChunk ? V - v : kForwardChunk;
+  constexpr int64_t kColumns = kForwardParts * Product::kLeastColumnsTogether;
+  for (int64_t v = 0; v < V; v += kColumns) {
+    const int64_t count = V - v < kColumns ? V - v : kColumns;
     const GemmShape shape{M, count, C};
     const int64_t group = Product::template columns_together<T>(shape);
     Operand weight = operand(p.weight);
