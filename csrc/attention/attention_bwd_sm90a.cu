@@ -2,8 +2,8 @@
 // attention.h for the formula.
 //
 // As on sm_80 two kernels after a small one that computes each row's lse and delta: the keys' kernel sums grad_k and
-// grad_v (cuda/hopper_backward_keys.h), the queries' kernel grad_q (cuda/hopper_backward_queries.h). Each sum belongs to
-// one warpgroup and runs in the order of the tiles: no atomics, bitwise deterministic, at the price of seven products
+// grad_v (cuda/hopper_backward_keys.h), the queries' kernel grad_q (cuda/hopper_backward_queries.h). Each sum belongs
+// to one warpgroup and runs in the order of the tiles: no atomics, bitwise deterministic, at the price of seven products
 // instead of five.
 #include "attention/attention_cuda.h"
 #include "attention/cuda/hopper_backward_keys.h"

@@ -32,7 +32,8 @@ __device__ inline int uniform(int value) { return __shfl_sync(kAllLanes, value, 
 // bytes exchanged within a row (Swizzle::bytes128).
 template <int kRows_, int kD_>
 struct SlabTile {
-  static constexpr int kRows = kRows_, kD = kD_, kSlabs = kD / 64, kSlabBytes = kRows * 128, kBytes = kSlabs * kSlabBytes;
+  static constexpr int kRows = kRows_, kD = kD_;
+  static constexpr int kSlabs = kD / 64, kSlabBytes = kRows * 128, kBytes = kSlabs * kSlabBytes;
   static_assert(kD % 64 == 0 && kRows % 8 == 0 && kRows <= 256);
   uint32_t address;
 
@@ -99,8 +100,8 @@ inline MappedTensor mapped(const HeadTensor& t, int64_t sequences, int64_t heads
 }
 inline int64_t mapped_sequences(const AttentionParams& p) { return p.first_q ? 1 : p.B; }
 
-// A warp's 16 rows of accumulators [64][kD], times `factor`, rounded to T, by way of its rows of a tile that nobody else
-// reads any more. Rows up to `rows` exist (it may be none), with D elements.
+// A warp's 16 rows of accumulators [64][kD], times `factor`, rounded to T, by way of its rows of a tile that nobody
+// else reads any more. Rows up to `rows` exist (it may be none), with D elements.
 template <class T, class Tile>
 __device__ void store_tile_rows(Tile tile, int first_row, const float (&acc)[Tile::kD / 2], const float (&factor)[2],
                                 T* to, int64_t stride, int rows, int D) {
@@ -126,8 +127,8 @@ __device__ void store_tile_rows(Tile tile, int first_row, const float (&acc)[Til
 
 // ---- two numbers a query row ----------------------------------------------------------------------------------------
 
-// Of a query row; +inf as lse where it passes no gradient: its weights are then 2^-inf = 0. Each sequence's rows begin a
-// slot of kSlotRows, so that a tile of them is one aligned copy; rows of a slot that do not exist pass no gradient.
+// Of a query row; +inf as lse where it passes no gradient: its weights are then 2^-inf = 0. Each sequence's rows begin
+// a slot of kSlotRows, so that a tile of them is one aligned copy; rows of a slot that do not exist pass no gradient.
 struct QueryStatistics {
   float lse;  // in the log2 domain
   float delta;

@@ -5,9 +5,9 @@
 //   grad_v += P^T grad_out, grad_k += dS^T Q          read them
 // The sums stay in registers from the first tile to the last: no atomics, one order.
 //
-// Shared memory: K and V, and a ring of kStages times Q, grad_out and the rows' statistics. Barriers: `own` (K and V have
-// come), and for each stage `full` (its tiles have come), `inspected` (rows that pass no gradient are zero) and `empty`
-// (both warpgroups are done with it).
+// Shared memory: K and V, and a ring of kStages times Q, grad_out and the rows' statistics. Barriers: `own` (K and V
+// have come), and for each stage `full` (its tiles have come), `inspected` (rows that pass no gradient are zero) and
+// `empty` (both warpgroups are done with it).
 #pragma once
 #include "attention/cuda/hopper_backward.h"
 
@@ -48,7 +48,7 @@ struct KeysLayout {
   }
 };
 
-// What a block of keys works on. One thread finds out and leaves it in shared memory: there are no registers to keep it.
+// What a block of keys works on. One thread finds out and leaves it in shared memory: no registers are left to keep it.
 struct KeysWork {
   Sequence sequence;
   int kv_head, group;
@@ -129,17 +129,18 @@ __device__ void inspect_queries(const KeysWork& w, Layout shared, const char* by
         reinterpret_cast<const QueryStatistics*>(bytes + (shared.statistics(stage) - shared.base));
 #pragma unroll 1
     for (int row = inspector; row < Layout::kQueries; row += kInspectors)
-      if (statistics[row].lse == infinity() && lane() < 2 * kRowChunks)
-        store_shared((lane() < kRowChunks ? shared.queries(stage) : shared.grad_out(stage)).chunk(row, lane() % kRowChunks),
-                     Bytes16{{0, 0, 0, 0}});
+      if (statistics[row].lse == infinity() && lane() < 2 * kRowChunks) {
+        const auto tile = lane() < kRowChunks ? shared.queries(stage) : shared.grad_out(stage);
+        store_shared(tile.chunk(row, lane() % kRowChunks), Bytes16{{0, 0, 0, 0}});
+      }
     fence_async_proxy();
     __syncwarp();
     if (lane() == 0) mbarrier_arrive(shared.inspected(stage));
   }
 }
 
-// Scores to weights, and weights and products to gradients of scores; columns are queries, and with kHides those outside
-// a row's range get zeros. `kept`: the weights, or with kCapped tanh(score / cap). Registers of products are only read:
+// Scores to weights, and weights and products to gradients of scores; columns are queries, and with kHides those
+// outside a row's range get zeros. `kept`: the weights, or with kCapped tanh(score / cap). Registers of products are only read:
 // ptxas serialises products whose accumulators other instructions write while some are under way.
 template <class Layout, bool kCapped, bool kHides>
 __device__ __forceinline__ void weights_of_scores(const float (&scores)[Layout::kQueries / 2],

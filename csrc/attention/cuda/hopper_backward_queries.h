@@ -135,9 +135,10 @@ __device__ void inspect_keys(const QueriesWork& w, Layout shared, int inspector)
 // Scores to weights, and weights and products to gradients of scores; columns are keys, and with kHides those outside a
 // row's range get zeros. `kept`: the weights, or with kCapped tanh(score / cap).
 template <class Layout, bool kCapped, bool kHides>
-__device__ __forceinline__ void weights_of_rows(const float (&scores)[Layout::kKeys / 2], float (&kept)[Layout::kKeys / 2],
-                                                const float (&lse)[2], const ScoreScale& scale,
-                                                const Span (&visible)[2], const float* poison) {
+__device__ __forceinline__ void weights_of_rows(const float (&scores)[Layout::kKeys / 2],
+                                                float (&kept)[Layout::kKeys / 2], const float (&lse)[2],
+                                                const ScoreScale& scale, const Span (&visible)[2],
+                                                const float* poison) {
 #pragma unroll
   for (int j = 0; j < Layout::kKeys / 8; ++j)
 #pragma unroll
@@ -165,7 +166,8 @@ __device__ __forceinline__ void gradients_of_rows(const float (&kept)[Layout::kK
     float gradients[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float before = kept[4 * j + i], weight = kCapped ? exp2_approx(fmaf(before, scale.cap, -lse[i / 2])) : before;
+      const float before = kept[4 * j + i];
+      const float weight = kCapped ? exp2_approx(fmaf(before, scale.cap, -lse[i / 2])) : before;
       gradients[i] = weight * (products[4 * j + i] - delta[i / 2]);
       if (kCapped) gradients[i] *= fmaf(-before, before, 1.0f);
       if (kHides && !visible[i / 2].has(8 * j + i % 2)) gradients[i] = 0.0f;
@@ -217,7 +219,7 @@ __device__ __forceinline__ void consume_keys(const AttentionBackwardParams& p, c
     warpgroup_commit();
     warpgroup_wait<1>();  // scores
     if (first < full.begin || first + kKeys > full.end) {
-      const float* const poison = reinterpret_cast<const float*>(bytes + (shared.poison(stage) - shared.base)) + my_column;
+      const auto* const poison = reinterpret_cast<const float*>(bytes + (shared.poison(stage) - shared.base)) + my_column;
       weights_of_rows<Layout, kCapped, true>(scores, kept, lse, scale, visible, poison);
       warpgroup_wait<0>();
       gradients_of_rows<T, Layout, kCapped, true>(kept, products, lse, delta, scale, visible, gradients);
