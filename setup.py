@@ -73,7 +73,7 @@ SUFFIX_TARGETS = {
 # Of `_cuda` alone; all other .cpp files belong to `_cpu`, and both have core/check.cpp and *_checks.cpp.
 CUDA_ONLY = ("bindings_cuda/*.cpp", "core/cuda_*.cpp", "ptx/emulated/*.cpp", "**/*_cuda.cpp")
 CUDA_ARCHS = [arch for arch in os.environ.get("LLMFAST_CUDA_ARCHS", "80;90a").split(";") if arch]
-CUDA_DEFINES = ["-DLLMFAST_TARGET=cuda", *(["-DLLMFAST_SM90A"] if "90a" in CUDA_ARCHS and not EMULATE_CUDA else [])]
+CUDA_DEFINES = ["-DLLMFAST_TARGET=cuda", *(["-DLLMFAST_SM90A"] if "90a" in CUDA_ARCHS else [])]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
 # Compiled first, so that none of them starts last; then all other .cu files.
 SLOWEST_CUDA = ("ffn_sm80", "attention_bwd_sm90a", "attention_bwd_sm80", "linear_cross_entropy_sm80")
@@ -177,12 +177,12 @@ def cuda_objects(build_dir: Path):
         CSRC / "core" / "check.cpp",
         *(p for q in ("core/cuda_*", "**/*_checks", "**/*_cuda") for p in CSRC.glob(f"{q}.cpp")),
     ]
-    kernels = list(CSRC.rglob("*_sm80.cu"))
+    kernels = [*CSRC.rglob("*_sm80.cu"), *(CSRC.rglob("*_sm90a.cu") if "90a" in CUDA_ARCHS else [])]
     if EMULATE_CUDA:
         plain += [*CSRC.glob("ptx/emulated/*.cpp"), *kernels]
         kernels = []
     else:
-        kernels += [CSRC / "core" / "cuda_device.cu", *(CSRC.rglob("*_sm90a.cu") if "90a" in CUDA_ARCHS else [])]
+        kernels.append(CSRC / "core" / "cuda_device.cu")
     # ninja starts them in this order
     for source in [*sorted(kernels, key=lambda source: (source.stem not in SLOWEST_CUDA, source)), *sorted(plain)]:
         name = str(source.relative_to(CSRC).with_suffix("")).replace(os.sep, "-")

@@ -47,9 +47,23 @@ def devices() -> list[str]:
 
 @pytest.fixture(params=devices())
 def cuda(request, monkeypatch) -> str:
-    if request.param == "cuda":
+    """The portable kernels; on a real GPU whatever it chooses."""
+    return use_device(request.param, "sm80", monkeypatch)
+
+
+@pytest.fixture(params=devices())
+def hopper(request, monkeypatch) -> str:
+    """The kernels for compute capability 9.0."""
+    if request.param == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("no CUDA device of compute capability 9.0")
+    return use_device(request.param, "sm90a", monkeypatch)
+
+
+def use_device(which: str, arch: str, monkeypatch) -> str:
+    if which == "cuda":
         return "cuda"
     module = emulated_module()
+    module.set_arch_cap(arch)
     monkeypatch.setattr(backend, "native_cuda", lambda: module)
     for op in _native_op.NativeOp.all:
         if op.cuda is not None:

@@ -13,6 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 PROGRAM = ROOT / "tests" / "native" / "cuda_instructions.cu"
+HOPPER_PROGRAM = ROOT / "tests" / "native" / "cuda_hopper.cu"
 # What the report says, or what the program finds where the mistake only spoils results
 MISTAKES = {
     "two_barriers": "__syncthreads at",
@@ -28,16 +29,29 @@ MISTAKES = {
 }
 
 
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory) -> Path:
+def build_emulated(source: Path, folder: Path) -> Path:
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     if shutil.which(compiler[0]) is None or not CSRC.exists():
         pytest.skip("needs a C++ compiler and the source tree")
-    program = tmp_path_factory.mktemp("emulated") / "cuda_instructions"
-    flags = ["-std=c++17", "-O1", "-Wall", "-Wno-unknown-pragmas", "-DLLMFAST_TARGET=cuda", f"-I{CSRC}"]
-    sources = [PROGRAM, CSRC / "ptx" / "emulated" / "machine.cpp", CSRC / "ptx" / "emulated" / "device.cpp"]
+    program = folder / source.stem
+    flags = ["-std=c++17", "-O1", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas", "-DLLMFAST_TARGET=cuda", f"-I{CSRC}"]
+    sources = [source, *sorted((CSRC / "ptx" / "emulated").glob("*.cpp"))]
     subprocess.run([*compiler, *flags, "-x", "c++", *map(str, sources), "-o", str(program)], check=True)
     return program
+
+
+def build_for_the_gpu(source: Path, arch: str, folder: Path) -> Path:
+    program = folder / source.stem
+    target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+    sources = [str(source), str(CSRC / "core" / "cuda_device.cu")]
+    flags = ["-std=c++17", target, "-DLLMFAST_TARGET=cuda", f"-I{CSRC}"]
+    subprocess.run(["nvcc", *flags, *sources, "-o", str(program)], check=True)
+    return program
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory) -> Path:
+    return build_emulated(PROGRAM, tmp_path_factory.mktemp("emulated"))
 
 
 def run(program: Path, *arguments: str, order: str = "forward") -> subprocess.CompletedProcess:
@@ -57,12 +71,21 @@ def test_emulation_catches(emulated, mistake):
     assert result.returncode == 0 and MISTAKES[mistake] in result.stdout, result.stdout + result.stderr
 
 
+def test_emulated_hopper_instructions(tmp_path):
+    program = build_emulated(HOPPER_PROGRAM, tmp_path)
+    for order in ("forward", "reverse", "1"):
+        result = run(program, order=order)
+        assert result.returncode == 0, result.stdout + result.stderr
+
+
 def test_instructions_of_the_gpu(tmp_path):
     if not torch.cuda.is_available() or shutil.which("nvcc") is None:
         pytest.skip("no CUDA device, or no nvcc")
-    program = tmp_path / "cuda_instructions"
-    arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
-    flags = ["-std=c++17", f"-arch={arch}", "-DLLMFAST_TARGET=cuda", f"-I{CSRC}"]
-    subprocess.run(["nvcc", *flags, str(PROGRAM), "-o", str(program)], check=True)
-    result = run(program)
-    assert result.returncode == 0, result.stdout + result.stderr
+    capability = torch.cuda.get_device_capability()
+    arch = "{}{}".format(*capability)
+    programs = [build_for_the_gpu(PROGRAM, arch, tmp_path)]
+    if capability == (9, 0):
+        programs.append(build_for_the_gpu(HOPPER_PROGRAM, "90a", tmp_path))
+    for program in programs:
+        result = run(program)
+        assert result.returncode == 0, result.stdout + result.stderr

@@ -12,6 +12,7 @@ namespace py = pybind11;
 using namespace llmfast;
 
 static std::string why_unavailable(Arch arch) {
+  if (arch > arch_cap()) return "capped by LLMFAST_CUDA_ARCH";
   const int devices = device_count();
   for (int i = 0; i < devices; ++i)
     if (runs_on(arch, device_info(i))) return "";
@@ -64,6 +65,12 @@ PYBIND11_MODULE(_cuda, m) {
   });
   m.def("implementations", &implementations);
   m.def("devices", &devices);
+  m.def("arch_cap", [] { return name_of(arch_cap()); });
+  m.def("set_arch_cap", [](const std::string& name) {
+    Arch arch;
+    if (!parse_arch(name, &arch)) throw std::invalid_argument("arch: got '" + name + "', expected sm80 or sm90a");
+    set_arch_cap(arch);
+  });
   m.def("why_no_device", &why_no_device);
 #ifdef LLMFAST_EMULATE_CUDA
   m.attr("emulated") = true;
@@ -75,6 +82,7 @@ PYBIND11_MODULE(_cuda, m) {
     counts["bytes_loaded"] = c.bytes_loaded;
     counts["bytes_stored"] = c.bytes_stored;
     counts["mma"] = c.mma;
+    counts["warpgroup_products"] = c.warpgroup_products;
     counts["ldmatrix_conflicts"] = c.ldmatrix_conflicts;
     return counts;
   });

@@ -24,7 +24,12 @@ namespace llmfast {
 enum class Arch { sm80, sm90a };
 
 const char* name_of(Arch arch);
+bool parse_arch(const std::string& name, Arch* arch);
 bool runs_on(Arch arch, const DeviceInfo& device);  // sm80: 8.0 and up; sm90a: 9.0 alone
+
+// The best target that may be used; at first LLMFAST_CUDA_ARCH, if set. It never makes more run than the device can.
+Arch arch_cap();
+void set_arch_cap(Arch cap);
 
 struct CudaRowInfo {
   Arch arch;
@@ -60,9 +65,10 @@ class CudaTable {
   // `dtype` is the element type that decides the kernel.
   void operator()(DType dtype, const Params& params, const Stream& stream) const {
     const DeviceInfo& device = device_info(stream.device);
+    const Arch cap = arch_cap();
     for (size_t i = 0; i < rows_.size(); ++i) {
       const CudaRow<Params>& row = rows_[i];
-      if (!runs_on(row.arch, device) || !(row.dtypes & set_of(dtype))) continue;
+      if (row.arch > cap || !runs_on(row.arch, device) || !(row.dtypes & set_of(dtype))) continue;
       if (row.supports && !row.supports(params)) continue;
       calls_[i].fetch_add(1, std::memory_order_relaxed);
       const OnDevice current(stream.device);

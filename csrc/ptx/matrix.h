@@ -6,11 +6,14 @@
 //   b[0]: (2t.., g)   b[1]: (2t+8.., g)                                               (k, n)
 //   d[0..1]: (g, 2t..)   d[2..3]: (g+8, 2t..)                                         (m, n)
 // ldmatrix loads 8x8 matrices of 16-bit elements: lanes 8i..8i+7 give the addresses of matrix i's rows (16 bytes each),
-// and every lane gets in r[i] elements (g, 2t..2t+1), or (2t..2t+1, g) with _trans.
+// and every lane gets in r[i] elements (g, 2t..2t+1), or (2t..2t+1, g) with _trans. stmatrix (compute capability 9.0)
+// stores the same way.
 #pragma once
 #include "ptx/cuda.h"
 
 namespace llmfast::cuda {
+
+enum class Major { k, mn };  // which side of an operand is contiguous in memory
 
 #ifdef __CUDACC__
 
@@ -39,6 +42,17 @@ __device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&r)[2], uint32_t row
                : "memory");
 }
 
+__device__ __forceinline__ void stmatrix_x4(uint32_t row, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(r[0]), "r"(r[1]),
+               "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+__device__ __forceinline__ void stmatrix_x4_trans(uint32_t row, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(r[0]), "r"(r[1]),
+               "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+
 template <class T>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
@@ -63,6 +77,8 @@ inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t row) { emulated::ldmatrix(r, 
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t row) { emulated::ldmatrix(r, 4, row, true); }
 inline void ldmatrix_x2(uint32_t (&r)[2], uint32_t row) { emulated::ldmatrix(r, 2, row, false); }
 inline void ldmatrix_x2_trans(uint32_t (&r)[2], uint32_t row) { emulated::ldmatrix(r, 2, row, true); }
+inline void stmatrix_x4(uint32_t row, const uint32_t (&r)[4]) { emulated::stmatrix(row, r, false); }
+inline void stmatrix_x4_trans(uint32_t row, const uint32_t (&r)[4]) { emulated::stmatrix(row, r, true); }
 
 template <class T>
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

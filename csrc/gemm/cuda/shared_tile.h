@@ -20,8 +20,6 @@ namespace llmfast::cuda {
 
 constexpr int kChunk = 8;  // elements in 16 bytes
 
-enum class Major { k, mn };
-
 template <int kCols>
 __host__ __device__ constexpr int swizzled_chunk(int row, int chunk) {
   static_assert(kCols == 32 || kCols % 64 == 0, "rows of 64 bytes, or of whole 128 bytes");

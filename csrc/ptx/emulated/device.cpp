@@ -1,5 +1,5 @@
-// The one device of the emulated build. Few multiprocessors, so that persistent kernels make several rounds on small
-// inputs; shared memory as on compute capability 8.0.
+// The one device of the emulated build: compute capability 9.0 with few multiprocessors, so that persistent kernels make
+// several rounds on small inputs.
 #include "core/cuda_stream.h"
 
 namespace llmfast {
@@ -9,7 +9,7 @@ int device_count() { return 1; }
 std::string why_no_device() { return ""; }
 
 const DeviceInfo& device_info(int) {
-  static const DeviceInfo info{"emulated", 8, 0, 3, 166912, 167936};
+  static const DeviceInfo info{"emulated", 9, 0, 3, 232448, 233472};
   return info;
 }
 

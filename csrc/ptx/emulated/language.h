@@ -198,6 +198,30 @@ void ldmatrix(uint32_t (&r)[kCount], int count, uint32_t row, bool transposed) {
   });
 }
 
+inline void stmatrix(uint32_t row, const uint32_t (&r)[4], bool transposed) {
+  struct Operands {
+    uint32_t row;
+    const uint32_t* r;
+  } mine{row, r};
+  meet_warp(0xffffffffu, transposed ? "stmatrix.trans" : "stmatrix", mine, [transposed](Operands* const* lanes) {
+    for (int matrix = 0; matrix < 4; ++matrix) {
+      uint16_t element[8][8];
+      for (int lane = 0; lane < 32; ++lane) {
+        const int g = lane / 4, t = lane % 4;
+        const uint32_t pair = lanes[lane]->r[matrix];
+        (transposed ? element[2 * t][g] : element[g][2 * t]) = static_cast<uint16_t>(pair);
+        (transposed ? element[2 * t + 1][g] : element[g][2 * t + 1]) = static_cast<uint16_t>(pair >> 16);
+      }
+      int rows_on[8] = {};
+      for (int i = 0; i < 8; ++i) {
+        const uint32_t address = lanes[8 * matrix + i]->row;
+        __builtin_memcpy(shared_pointer(address, 16, "stmatrix"), element[i], 16);
+        if (rows_on[address / 16 % 8]++ > 0) ++counters().ldmatrix_conflicts;
+      }
+    }
+  });
+}
+
 template <class T>
 float half_of(uint32_t pair, int index) {
   return LLMFAST_TARGET::to_float(T{static_cast<uint16_t>(pair >> 16 * index)});

@@ -155,6 +155,7 @@ void open_barrier(Machine& m, Barrier& barrier) {
 void thread_exits(Machine& m) {
   Thread& thread = m.threads[m.running];
   if (!thread.copies.empty()) fail("a thread exits with cp.async copies that it never waited for");
+  hopper_thread_exits(m.running);
   thread.groups = 0;
   --m.alive;
   Barrier& all = m.barriers[0];
@@ -188,6 +189,7 @@ void run_block(Machine& m, int threads) {
   char* shared = m.shared_start();
   std::memset(shared - kGuard, kGuardByte, m.shared_bytes + 2 * kGuard);
   std::memset(shared, kPoison, m.shared_bytes);
+  hopper_block_starts();
   for (int i = 0; i < threads; ++i) m.ready.push_back(m.reverse ? threads - 1 - i : i);
   m.alive = threads;
   std::vector<bool> exited(threads, false);
@@ -198,6 +200,8 @@ void run_block(Machine& m, int threads) {
     if (!m.error.empty()) report(m, m.error);
     if (m.alive < before) exited[index] = true;
   }
+  const std::string unfinished = hopper_block_ends();
+  if (!unfinished.empty()) report(m, unfinished);
   for (size_t i = 0; i < kGuard; ++i)
     for (char* byte : {shared - 1 - i, shared + m.shared_bytes + i})
       if (static_cast<unsigned char>(*byte) != kGuardByte)
@@ -298,6 +302,20 @@ void release(Meeting* meeting) {
     if (meeting->mask >> lane & 1 && first + lane != m.running) m.ready.push_back(first + lane);
   auto& meetings = m.meetings[m.running / kWarp];
   meetings.erase(std::find_if(meetings.begin(), meetings.end(), [&](const auto& it) { return it.get() == meeting; }));
+}
+
+int running_thread() { return machine().running; }
+
+void wait_in(std::vector<int>& waiting, const std::string& where) {
+  Machine& m = machine();
+  waiting.push_back(m.running);
+  suspend(m, where);
+}
+
+void wake(std::vector<int>& waiting) {
+  Machine& m = machine();
+  m.ready.insert(m.ready.end(), waiting.begin(), waiting.end());
+  waiting.clear();
 }
 
 // ---- shared memory --------------------------------------------------------------------------------------------------
