@@ -64,24 +64,26 @@ struct SlopeBoxes {
     uint32_t u[16], g[16];
     load_box(u, up, ld_up, m, n, M, N);
     if constexpr (kGated) load_box(g, gate, ld_gate, m, n, M, N);
-    visit_activation(activation, [&](auto act) {
 #pragma unroll
-      for (int i = 0; i < 16; ++i) {
-        float at[2], by[2], value[2], of_gate[2];
-        unpack_pair<T>(u[i], by[0], by[1]);
-        if constexpr (kGated) unpack_pair<T>(g[i], at[0], at[1]);
+    for (int first = 0; first < 16; first += 4)  // all at once would hold too many registers
+      visit_activation(activation, [&](auto act) {
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const ValueAndSlope a = act.both_of(kGated ? at[e] : by[e]);
-          float& d = x[2 * i + e];
-          value[e] = kGated ? a.value * by[e] : a.value;
-          of_gate[e] = d * by[e] * a.slope;
-          d *= kGated ? a.value : a.slope;
+        for (int i = first; i < first + 4; ++i) {
+          float at[2], by[2], value[2], of_gate[2];
+          unpack_pair<T>(u[i], by[0], by[1]);
+          if constexpr (kGated) unpack_pair<T>(g[i], at[0], at[1]);
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const ValueAndSlope a = act.both_of(kGated ? at[e] : by[e]);
+            float& d = x[2 * i + e];
+            value[e] = kGated ? a.value * by[e] : a.value;
+            of_gate[e] = d * by[e] * a.slope;
+            d *= kGated ? a.value : a.slope;
+          }
+          u[i] = pack_pair<T>(value[0], value[1]);
+          if constexpr (kGated) g[i] = pack_pair<T>(of_gate[0], of_gate[1]);
         }
-        u[i] = pack_pair<T>(value[0], value[1]);
-        if constexpr (kGated) g[i] = pack_pair<T>(of_gate[0], of_gate[1]);
-      }
-    });
+      });
     slabs.store(&hidden, u, m, n);
     slabs.store<T>(&d_up, x, m, n);
     if constexpr (kGated) slabs.store(&d_gate, g, m, n);

@@ -64,11 +64,12 @@ template <class T>
 __device__ __forceinline__ void load_box(uint32_t (&pairs)[16], const T* from, int64_t ld, int m, int n, int64_t M,
                                          int64_t N) {
   const int row = m + warp() % 4 * 16 + lane() / 4, col = n + lane() % 4 * 2;
-  const T* const start = from + row * ld + col;
 #pragma unroll
-  for (int i = 0; i < 16; ++i) {
-    const int down = i % 2 * 8, right = i / 2 * 8;
-    pairs[i] = row + down < M && col + right < N ? load<Bytes4>(start + down * ld + right).word[0] : 0;
+  for (int half = 0; half < 2; ++half) {
+    const T* const start = from + (row + half * 8) * ld + col;
+    const int left = row + half * 8 < M ? static_cast<int>(N - col) : 0;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) pairs[2 * j + half] = j * 8 < left ? load<Bytes4>(start + j * 8).word[0] : 0;
   }
 }
 
