@@ -292,8 +292,10 @@ void backward(const AttentionBackwardParams& p, const Stream& stream) {
 
 }  // namespace
 
-int64_t attention_backward_workspace(int64_t rows) {
-  return rows * static_cast<int64_t>(sizeof(RowStatistics) / sizeof(float));
+int64_t attention_backward_workspace(int64_t B, int64_t Hq, int64_t Tq, bool packed) {
+  constexpr int kSlotRows = 128;  // Hopper's kernels want whole tiles of rows
+  return Hq * tile_count(B, Tq, packed, kSlotRows) * kSlotRows *
+         static_cast<int64_t>(sizeof(RowStatistics) / sizeof(float));
 }
 
 void attention_backward_sm80(const AttentionBackwardParams& p, const Stream& stream) {

@@ -9,13 +9,17 @@ namespace {
 constexpr DTypeSet k16Bit = kBF16 | kF16;
 
 const CudaTable<AttentionParams> kForward("attention",
-                                          {{Arch::sm80, k16Bit, nullptr, cuda::attention_forward_sm80},
+                                          {LLMFAST_SM90A_ROW(k16Bit, cuda::attention_forward_sm90a_supports,
+                                                             cuda::attention_forward_sm90a)
+                                           {Arch::sm80, k16Bit, nullptr, cuda::attention_forward_sm80},
                                            {Arch::sm80, kF32, nullptr, cuda::attention_forward_fma_sm80}});
 const CudaTable<AttentionParams> kDecode("attention_decode",
                                          {{Arch::sm80, k16Bit, nullptr, cuda::attention_decode_sm80},
                                           {Arch::sm80, kF32, nullptr, cuda::attention_forward_fma_sm80}});
 const CudaTable<AttentionBackwardParams> kBackward("attention_backward",
-                                                   {{Arch::sm80, k16Bit, nullptr, cuda::attention_backward_sm80},
+                                                   {LLMFAST_SM90A_ROW(k16Bit, cuda::supports_attention_backward_sm90a,
+                                                                      cuda::attention_backward_sm90a)
+                                                    {Arch::sm80, k16Bit, nullptr, cuda::attention_backward_sm80},
                                                     {Arch::sm80, kF32, nullptr, cuda::attention_backward_fma_sm80}});
 
 void finish(AttentionParams& p, const AttentionArguments& a) {
@@ -48,7 +52,7 @@ void attention_backward(const AttentionArguments& arguments, const AttentionGrad
   AttentionBackwardParams p = checked_attention(arguments, gradients);
   finish(p, arguments);
   if (p.B == 0 || p.Hq == 0) return;
-  require_workspace(arguments.workspace, cuda::attention_backward_workspace((p.first_q ? 1 : p.B) * p.Hq * p.Tq));
+  require_workspace(arguments.workspace, cuda::attention_backward_workspace(p.B, p.Hq, p.Tq, p.first_q));
   kBackward(p.q.dtype, p, stream);
 }
 

@@ -18,8 +18,13 @@ constexpr int64_t kMostHeadDim = 256;  // of D and Dv
 
 void attention_forward_sm80(const AttentionParams& params, const Stream& stream);      // bf16, fp16
 void attention_forward_fma_sm80(const AttentionParams& params, const Stream& stream);  // float32
+// Compute capability 9.0; bf16, fp16. No mask tensor; 16-byte aligned rows.
+bool attention_forward_sm90a_supports(const AttentionParams& params);
+void attention_forward_sm90a(const AttentionParams& params, const Stream& stream);
 void attention_backward_sm80(const AttentionBackwardParams& params, const Stream& stream);
 void attention_backward_fma_sm80(const AttentionBackwardParams& params, const Stream& stream);
+bool supports_attention_backward_sm90a(const AttentionBackwardParams& params);
+void attention_backward_sm90a(const AttentionBackwardParams& params, const Stream& stream);
 
 // Few queries to a key/value head: they share one tile of 16 rows, and blocks share the keys. bf16, fp16.
 constexpr int64_t kTileDecodeRows = 16;
@@ -27,7 +32,7 @@ void attention_decode_sm80(const AttentionParams& params, const Stream& stream);
 
 // Floats of workspace; 0: none.
 int64_t attention_workspace(int64_t B, int64_t Hq, int64_t Hkv, int64_t Tq, int64_t Tk, int64_t Dv);
-int64_t attention_backward_workspace(int64_t rows);  // elements of lse
+int64_t attention_backward_workspace(int64_t B, int64_t Hq, int64_t Tq, bool packed);  // Tq as in AttentionParams
 
 }  // namespace cuda
 }  // namespace llmfast

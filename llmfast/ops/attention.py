@@ -401,8 +401,10 @@ def _run_cuda_forward(out, lse, q, k, v, mask, cu_seqlens_q, *rest) -> None:
 
 
 def _run_cuda_backward(*args) -> None:
-    native, lse = backend.native_cuda(), args[5]
-    floats = native.attention_backward_workspace(lse.numel())
+    native, lse, cu_seqlens_q = backend.native_cuda(), args[5], args[10]
+    packed = cu_seqlens_q is not None
+    B = cu_seqlens_q.numel() - 1 if packed else lse.shape[0]
+    floats = native.attention_backward_workspace(B, *lse.shape[-2:], packed)
     native.attention_backward(*args, lse.new_empty(floats), backend.stream_of(lse))
 
 

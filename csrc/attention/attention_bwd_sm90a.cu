@@ -1,0 +1,87 @@
+// Masked attention, backward, on Hopper's warpgroup products (bf16, fp16; head dims up to 128, no mask tensor); see
+// attention.h for the formula.
+//
+// As on sm_80 two kernels after a small one that computes each row's lse and delta: the keys' kernel sums grad_k and
+// grad_v (cuda/hopper_backward_keys.h), the queries' kernel grad_q (cuda/hopper_backward_queries.h). Each sum belongs
+// to one warpgroup and runs in the order of the tiles: no atomics, bitwise deterministic, at the price of seven products
+// instead of five.
+#include "attention/attention_cuda.h"
+#include "attention/cuda/hopper_backward_keys.h"
+#include "attention/cuda/hopper_backward_queries.h"
+
+namespace llmfast::cuda {
+namespace {
+
+struct Maps {
+  TensorMap k, v, q, grad_out;
+
+  Maps(const AttentionBackwardParams& p, int key_rows, int query_rows)
+      : k(make_tensor_map(mapped(p.k, mapped_sequences(p), p.Hkv, p.Tk, p.D, key_rows))),
+        v(make_tensor_map(mapped(p.v, mapped_sequences(p), p.Hkv, p.Tk, p.Dv, key_rows))),
+        q(make_tensor_map(mapped(p.q, mapped_sequences(p), p.Hq, p.Tq, p.D, query_rows))),
+        grad_out(make_tensor_map(mapped(p.grad_out, mapped_sequences(p), p.Hq, p.Tq, p.Dv, query_rows))) {}
+};
+
+template <class T, class Layout, bool kCapped>
+void launch_keys(const AttentionBackwardParams& p, const Stream& stream) {
+  const bool packed = p.first_q != nullptr;
+  const Maps maps(p, kOwnRows, Layout::kQueries);
+  const int64_t tiles = packed ? tile_count(p.B, p.Tk, true, kOwnRows) : ceil_div(p.Tk, kOwnRows);
+  const int64_t heads = packed ? p.Hkv : p.B * p.Hkv;
+  const int section = section_of(p.Tq * (p.Hq / p.Hkv), Layout::kD, heads);
+  launch(stream, {static_cast<unsigned>(tiles * heads)}, kHopperThreads, size_t{Layout::kBytes},
+         attention_grad_kv_kernel<T, Layout, kCapped>, p, maps.k, maps.v, maps.q, maps.grad_out,
+         static_cast<int>(tiles), section);
+}
+
+template <class T, class Layout, bool kCapped>
+void launch_queries(const AttentionBackwardParams& p, const Stream& stream) {
+  const bool packed = p.first_q != nullptr;
+  const Maps maps(p, Layout::kKeys, kOwnRows);
+  const int64_t tiles = packed ? tile_count(p.B, p.Tq, true, kOwnRows) : ceil_div(p.Tq, kOwnRows);
+  const int64_t heads = packed ? p.Hq : p.B * p.Hq;
+  const int section = section_of(p.Tk, Layout::kD, heads);
+  launch(stream, {static_cast<unsigned>(tiles * heads)}, kHopperThreads, size_t{Layout::kBytes},
+         attention_grad_q_kernel<T, Layout, kCapped>, p, maps.k, maps.v, maps.q, maps.grad_out,
+         static_cast<int>(tiles), section);
+}
+
+template <class T, int kD, bool kCapped>
+void launch_kernels(const AttentionBackwardParams& p, const Stream& stream) {
+  launch_query_statistics<T, kD / 8>(p, stream);
+  launch_keys<T, KeysLayout<kD, kD == 64 ? 128 : 64, 2>, kCapped>(p, stream);
+  launch_queries<T, QueriesLayout<kD, 128, 2>, kCapped>(p, stream);
+}
+
+template <class T, int kD>
+void launch_backward(const AttentionBackwardParams& p, const Stream& stream) {
+  if (p.softcap > 0.0f) launch_kernels<T, kD, true>(p, stream);
+  else launch_kernels<T, kD, false>(p, stream);
+}
+
+template <class T>
+void backward(const AttentionBackwardParams& p, const Stream& stream) {
+  if (p.D <= 64 && p.Dv <= 64) launch_backward<T, 64>(p, stream);
+  else launch_backward<T, 128>(p, stream);
+}
+
+}  // namespace
+
+bool supports_attention_backward_sm90a(const AttentionBackwardParams& p) {
+  if (p.mask.data || p.D > 128 || p.Dv > 128 || p.D % kChunk != 0 || p.Dv % kChunk != 0) return false;
+  if (p.Tq == 0 || p.Tk == 0) return false;
+  const int64_t sequences = mapped_sequences(p);
+  const auto maps = [&](const HeadTensor& t, int64_t heads, int64_t tokens, int64_t D) {
+    return can_map(mapped(t, sequences, heads, tokens, D, 64));
+  };
+  return maps(p.q, p.Hq, p.Tq, p.D) && maps(p.k, p.Hkv, p.Tk, p.D) && maps(p.v, p.Hkv, p.Tk, p.Dv) &&
+         maps(p.grad_out, p.Hq, p.Tq, p.Dv) && rows_aligned(p.grad_q, sequences, p.Hq) &&
+         rows_aligned(p.grad_k, sequences, p.Hkv) && rows_aligned(p.grad_v, sequences, p.Hkv);
+}
+
+void attention_backward_sm90a(const AttentionBackwardParams& p, const Stream& stream) {
+  if (p.q.dtype == DType::bf16) backward<bf16>(p, stream);
+  else backward<fp16>(p, stream);
+}
+
+}  // namespace llmfast::cuda

@@ -1,0 +1,217 @@
+// What the Hopper backward kernels share: shared-memory tiles as the copy engine writes them, the products that read
+// them, two numbers a query row in slots of whole tiles, the order of blocks, and the way of a finished tile to memory.
+//
+// Roles of a block: warpgroups 0 and 1 compute, each with 64 rows of the block's own 128. Of warpgroup 2 one thread
+// asks for copies, and warps 1 to 3 inspect tiles whose hidden rows might hold NaN or infinity, where there can be any.
+#pragma once
+#include "attention/attention_cuda.h"
+#include "attention/cuda/rows.h"
+#include "attention/cuda/scores.h"
+#include "core/cuda_launch.h"
+#include "gemm/cuda/epilogue.h"
+#include "gemm/cuda/schedule.h"
+#include "ptx/bulk_copy.h"
+#include "ptx/mbarrier.h"
+#include "ptx/warp.h"
+#include "ptx/warpgroup.h"
+
+namespace llmfast::cuda {
+
+constexpr int kWarpgroup = 128, kConsumers = 2, kHopperThreads = (kConsumers + 1) * kWarpgroup;
+constexpr int kOwnRows = 64 * kConsumers;                          // that a block owns
+constexpr int kConsumerWarps = kConsumers * 4, kInspectors = 3;    // warps that arrive at barriers
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;   // 128 * (40 + 2 * 232) <= 65,536
+constexpr int kSharedAlignment = 1024;                             // of swizzled tiles; asked for on top
+
+// A number that is the same in all lanes, so that the compiler knows.
+__device__ inline int uniform(int value) { return __shfl_sync(kAllLanes, value, 0); }
+
+// ---- tiles ----------------------------------------------------------------------------------------------------------
+
+// [kRows][kD] 16-bit elements in shared memory: slabs of 64 columns, one after another, rows of 128 bytes, chunks of 16
+// bytes exchanged within a row (Swizzle::bytes128).
+template <int kRows_, int kD_>
+struct SlabTile {
+  static constexpr int kRows = kRows_, kD = kD_;
+  static constexpr int kSlabs = kD / 64, kSlabBytes = kRows * 128, kBytes = kSlabs * kSlabBytes;
+  static_assert(kD % 64 == 0 && kRows % 8 == 0 && kRows <= 256);
+  uint32_t address;
+
+  __device__ uint32_t chunk(int row, int c) const {
+    return address + c / 8 * kSlabBytes + row * 128 + ((c ^ row) % 8) * 16;
+  }
+  // Operands: rows first_row.. with columns 16 k.. as depth, and columns with rows 16 k.. as depth.
+  __device__ uint64_t by_rows(int first_row, int k) const {
+    return advanced(matrix_descriptor(address, 1024), first_row * 128 + k / 4 * kSlabBytes + k % 4 * 32);
+  }
+  __device__ uint64_t by_columns(int k) const {
+    return advanced(matrix_descriptor(address, 1024, kSlabBytes), k * 2048);
+  }
+  __device__ void load(const TensorMap* map, uint32_t barrier, int token, int head, int sequence) const {
+#pragma unroll
+    for (int slab = 0; slab < kSlabs; ++slab)
+      bulk_load(address + slab * kSlabBytes, map, barrier, slab * 64, token, head, sequence);
+  }
+};
+
+// acc[64][B::kRows] = rows first_row.. of a . rows of b
+template <class T, class A, class B>
+__device__ __forceinline__ void start_dots(float (&acc)[B::kRows / 2], A a, int first_row, B b) {
+#pragma unroll
+  for (int k = 0; k < A::kD / 16; ++k)
+    warpgroup_product<B::kRows, T, Major::k, Major::k>(acc, a.by_rows(first_row, k), b.by_rows(0, k), k > 0);
+}
+
+// acc[64][B::kD] += weights[64][B::kRows] b; the weights are fragments, packed by pack_weights().
+template <class T, class B>
+__device__ __forceinline__ void start_weighted_sum(float (&acc)[B::kD / 2], const uint32_t (&weights)[B::kRows / 16][4],
+                                                   B b, bool add) {
+#pragma unroll
+  for (int k = 0; k < B::kRows / 16; ++k)
+    warpgroup_product<B::kD, T, Major::mn>(acc, weights[k], b.by_columns(k), add || k > 0);
+}
+
+template <class T, int kColumns>
+__device__ __forceinline__ void pack_weights(uint32_t (&packed)[kColumns / 16][4],
+                                             const float (&values)[kColumns / 2]) {
+#pragma unroll
+  for (int k = 0; k < kColumns / 16; ++k)
+#pragma unroll
+    for (int r = 0; r < 4; ++r) packed[k][r] = pack_pair<T>(values[8 * k + 2 * r], values[8 * k + 2 * r + 1]);
+}
+
+template <int kCount>
+__device__ __forceinline__ void clear(float (&acc)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) acc[i] = 0.0f;
+}
+
+// What the copy engine must know of q, k, v or grad_out: boxes of `rows` tokens and 64 elements of one head. Strides of
+// dimensions of one element, and only those, may be anything.
+inline MappedTensor mapped(const HeadTensor& t, int64_t sequences, int64_t heads, int64_t tokens, int64_t D, int rows) {
+  const auto stride = [&](int64_t size, int64_t given) { return size == 1 ? ceil_div(D, 8) * 8 : given; };
+  return {t.data,
+          t.dtype,
+          4,
+          {D, tokens, heads, sequences},
+          {1, stride(tokens, t.token_stride), stride(heads, t.head_stride), stride(sequences, t.sequence_stride)},
+          {64, rows, 1, 1},
+          Swizzle::bytes128};
+}
+inline int64_t mapped_sequences(const AttentionParams& p) { return p.first_q ? 1 : p.B; }
+
+// A warp's 16 rows of accumulators [64][kD], times `factor`, rounded to T, by way of its rows of a tile that nobody
+// else reads any more. Rows up to `rows` exist (it may be none), with D elements.
+template <class T, class Tile>
+__device__ void store_tile_rows(Tile tile, int first_row, const float (&acc)[Tile::kD / 2], const float (&factor)[2],
+                                T* to, int64_t stride, int rows, int D) {
+  __syncwarp();
+#pragma unroll
+  for (int k = 0; k < Tile::kD / 16; ++k) {
+    uint32_t packed[4];
+#pragma unroll
+    for (int r = 0; r < 4; ++r)
+      packed[r] = pack_pair<T>(acc[8 * k + 2 * r] * factor[r % 2], acc[8 * k + 2 * r + 1] * factor[r % 2]);
+    stmatrix_x4(tile.chunk(first_row + lane() % 16, 2 * k + lane() / 16), packed);
+  }
+  __syncwarp();
+  constexpr int kRowChunks = Tile::kD / kChunk, kRowsAStep = kWarpSize / kRowChunks;
+  const int chunk = lane() % kRowChunks;
+  if (chunk * kChunk >= D) return;
+#pragma unroll
+  for (int i = 0; i < 16 / kRowsAStep; ++i) {
+    const int row = i * kRowsAStep + lane() / kRowChunks;
+    if (row < rows) store(to + row * stride + chunk * kChunk, load_shared(tile.chunk(first_row + row, chunk)));
+  }
+}
+
+// ---- two numbers a query row ----------------------------------------------------------------------------------------
+
+// Of a query row; +inf as lse where it passes no gradient: its weights are then 2^-inf = 0. Each sequence's rows begin
+// a slot of kSlotRows, so that a tile of them is one aligned copy; rows of a slot that do not exist pass no gradient.
+struct QueryStatistics {
+  float lse;  // in the log2 domain
+  float delta;
+};
+constexpr int kSlotRows = 128;
+
+// Slots of a head: packed sequences have those that token_tile() numbers.
+__host__ __device__ inline int64_t slots_of_head(int64_t sequences, int64_t tokens, bool packed) {
+  return tile_count(sequences, tokens, packed, kSlotRows);
+}
+
+__device__ inline const QueryStatistics* slots_of(const AttentionParams& p, int64_t head, const Sequence& sequence) {
+  const int64_t slots = slots_of_head(p.B, p.Tq, p.first_q != nullptr);
+  const int64_t first = p.first_q ? sequence.first_q / kSlotRows + sequence.index
+                                  : sequence.index * ((p.Tq + kSlotRows - 1) / kSlotRows);
+  return reinterpret_cast<const QueryStatistics*>(p.workspace) + (head * slots + first) * kSlotRows;
+}
+
+constexpr int kSlotThreads = 256;
+
+// kLanes lanes a row, eight elements each: Dv <= 8 kLanes.
+template <class T, int kLanes>
+__global__ void __launch_bounds__(kSlotThreads) query_statistics_kernel(const AttentionBackwardParams p) {
+  const bool packed = p.first_q != nullptr;
+  const int64_t slots = slots_of_head(p.B, p.Tq, packed), rows = slots * kSlotRows;
+  const int64_t index = (blockIdx.x * int64_t{kSlotThreads} + thread()) / kLanes;  // whole blocks: rows % 128 == 0
+  const int64_t head = index / rows, slot = index % rows / kSlotRows;
+  Sequence sequence;
+  int token = static_cast<int>(index % kSlotRows);
+  if (packed) {
+    const TokenTile place = token_tile(slot, p.B, p.Tq, p.first_q, kSlotRows);
+    sequence = sequence_of(p, place.sequence);
+    token += place.first;
+  } else {
+    const int64_t slots_of_sequence = slots / p.B;
+    sequence = sequence_of(p, slot / slots_of_sequence);
+    token += static_cast<int>(slot % slots_of_sequence) * kSlotRows;
+  }
+  const bool exists = token < sequence.Tq;
+  float delta = 0.0f;
+  if (exists) {
+    const int first = static_cast<int>(threadIdx.x) % kLanes * 8, left = static_cast<int>(p.Dv) - first;
+    const int count = left < 0 ? 0 : left < 8 ? left : 8;
+    const int64_t row = sequence.first_q + token;
+    float a[8], b[8];
+    load_columns(a, row_of<const T>(p.grad_out, sequence.index, head, row) + first, count);
+    load_columns(b, row_of<const T>(p.out, sequence.index, head, row) + first, count);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) delta = fmaf(a[i], b[i], delta);
+  }
+  delta = group_sum<kLanes>(delta);
+  if (threadIdx.x % kLanes != 0) return;
+  const float lse = exists ? *row_of<const float>(p.lse, sequence.index, head, sequence.first_q + token) : -infinity();
+  const bool absent = lse < kNoGradient;
+  reinterpret_cast<QueryStatistics*>(p.workspace)[index] = {absent ? infinity() : lse * kLog2E, absent ? 0.0f : delta};
+}
+
+template <class T, int kLanes>
+void launch_query_statistics(const AttentionBackwardParams& p, const Stream& stream) {
+  const int64_t rows = slots_of_head(p.B, p.Tq, p.first_q != nullptr) * kSlotRows * p.Hq;
+  launch(stream, {static_cast<unsigned>(rows * kLanes / kSlotThreads)}, kSlotThreads, 0,
+         query_statistics_kernel<T, kLanes>, p);
+}
+
+// ---- the order of blocks --------------------------------------------------------------------------------------------
+
+// Blocks run in the order of their index. A section of heads, whose streamed tensors fit the L2 cache together, after
+// another; in a section the first tiles of all heads, then the second ones.
+struct BlockPlace {
+  int tile, head;
+};
+__host__ __device__ inline BlockPlace block_place(int index, int tiles, int heads, int section) {
+  const int first = index / (tiles * section) * section;
+  const int inside = index - first * tiles, width = heads - first < section ? heads - first : section;
+  return {inside / width, first + inside % width};
+}
+
+constexpr int64_t kSectionBytes = int64_t{24} << 20;
+
+// Heads of a section, each streaming `tokens` rows of two tensors.
+inline int section_of(int64_t tokens, int64_t D, int64_t heads) {
+  const int64_t fit = kSectionBytes / (tokens * D * 4 + 1);
+  return static_cast<int>(fit < 1 ? 1 : fit > heads ? heads : fit);
+}
+
+}  // namespace llmfast::cuda

@@ -1,0 +1,292 @@
+// grad_k and grad_v on Hopper: a block owns 128 keys of a kv head, a warpgroup 64 of them, and walks over all its query
+// heads' tiles of kQueries queries that see them.
+//   S^T = K Q^T, dP^T = V grad_out^T                  operands in shared memory
+//   P^T = 2^(S^T - lse), dS^T = P^T (dP^T - delta)    in registers, from which, as they stand,
+//   grad_v += P^T grad_out, grad_k += dS^T Q          read them
+// The sums stay in registers from the first tile to the last: no atomics, one order.
+//
+// Shared memory: K and V, and a ring of kStages times Q, grad_out and the rows' statistics. Barriers: `own` (K and V
+// have come), and for each stage `full` (its tiles have come), `inspected` (rows that pass no gradient are zero) and
+// `empty` (both warpgroups are done with it).
+#pragma once
+#include "attention/cuda/hopper_backward.h"
+
+namespace llmfast::cuda {
+
+template <int kD_, int kQueries_, int kStages_>
+struct KeysLayout {
+  static constexpr int kD = kD_, kQueries = kQueries_, kStages = kStages_;
+  using Own = SlabTile<kOwnRows, kD>;
+  using Other = SlabTile<kQueries, kD>;
+  static constexpr int kStatisticsBytes = kQueries * static_cast<int>(sizeof(QueryStatistics));
+  static constexpr int kStageBytes = 2 * Other::kBytes + kStatisticsBytes;
+  static constexpr int kOthersAt = 2 * Own::kBytes, kStatisticsAt = kOthersAt + 2 * kStages * Other::kBytes;
+  static constexpr int kBarriersAt = kStatisticsAt + kStages * kStatisticsBytes;
+  static constexpr int kWorkAt = kBarriersAt + 8 * (2 + 3 * kStages) / 16 * 16, kWorkBytes = 128;
+  static constexpr int kBytes = kWorkAt + kWorkBytes + kSharedAlignment;
+  static_assert(kBytes <= 232448 && kSlotRows % kQueries == 0);
+
+  uint32_t base;
+  __device__ Own keys() const { return {base}; }
+  __device__ Own values() const { return {base + Own::kBytes}; }
+  __device__ Other queries(int stage) const { return {base + kOthersAt + 2 * stage * Other::kBytes}; }
+  __device__ Other grad_out(int stage) const { return {base + kOthersAt + (2 * stage + 1) * Other::kBytes}; }
+  __device__ uint32_t statistics(int stage) const { return base + kStatisticsAt + stage * kStatisticsBytes; }
+  __device__ uint32_t own() const { return base + kBarriersAt; }
+  __device__ uint32_t full(int stage) const { return own() + 8 * (1 + stage); }
+  __device__ uint32_t inspected(int stage) const { return own() + 8 * (1 + kStages + stage); }
+  __device__ uint32_t empty(int stage) const { return own() + 8 * (1 + 2 * kStages + stage); }
+
+  __device__ void initialise_barriers() const {
+    mbarrier_init(own(), 1);
+    for (int stage = 0; stage < kStages; ++stage) {
+      mbarrier_init(full(stage), 1);
+      mbarrier_init(inspected(stage), kInspectors);
+      mbarrier_init(empty(stage), kConsumerWarps);
+    }
+    mbarrier_init_fence();
+  }
+};
+
+// What a block of keys works on. One thread finds out and leaves it in shared memory: no registers are left to keep it.
+struct KeysWork {
+  Sequence sequence;
+  int kv_head, group;
+  int first;                 // key
+  int first_tile, end_tile;  // of queries
+  Span full;                 // queries that see all the block's keys
+  bool inspects;             // some tile may hold rows that pass no gradient: of another sequence, or that see no key
+
+  template <class Layout>
+  __device__ static KeysWork of(const AttentionParams& p, int tiles, int section, Layout) {
+    constexpr int kQueries = Layout::kQueries;
+    KeysWork w;
+    const int Hkv = static_cast<int>(p.Hkv), B = static_cast<int>(p.B);
+    const BlockPlace place = block_place(static_cast<int>(blockIdx.x), tiles, p.first_k ? Hkv : B * Hkv, section);
+    w.kv_head = place.head % Hkv, w.group = static_cast<int>(p.Hq) / Hkv;
+    if (p.first_k) {
+      const TokenTile tile = token_tile(place.tile, p.B, p.Tk, p.first_k, kOwnRows);
+      w.sequence = sequence_of(p, tile.sequence), w.first = tile.first;
+    } else {
+      w.sequence = sequence_of(p, place.head / Hkv), w.first = place.tile * kOwnRows;
+    }
+    const int Tq = w.sequence.Tq, Tk = w.sequence.Tk, end = w.first + kOwnRows < Tk ? w.first + kOwnRows : Tk;
+    w.first_tile = w.end_tile = 0, w.full = {0, 0}, w.inspects = false;
+    if (w.nothing()) return w;
+    const Span seen = w.band(p).seen_by_any(w.first, end);
+    w.full = w.band(p).seen_by_all(w.first, end);
+    if (seen.empty()) return w;
+    w.first_tile = seen.begin / kQueries, w.end_tile = (seen.end + kQueries - 1) / kQueries;
+    const int last = w.end_tile * kQueries < Tq ? w.end_tile * kQueries - 1 : Tq - 1;
+    const Band keys{Tq, Tk, p.left, p.right};
+    w.inspects = (p.first_q && w.end_tile * kQueries > Tq) || keys.keys_of(w.first_tile * kQueries).empty() ||
+                 keys.keys_of(last).empty();
+    return w;
+  }
+  __device__ bool nothing() const { return first >= sequence.Tk; }
+  __device__ Band band(const AttentionParams& p) const {  // of the keys: its keys are our queries
+    return Band{sequence.Tq, sequence.Tk, p.left, p.right}.transposed();
+  }
+};
+
+template <class Layout>
+__device__ void produce_queries(const AttentionParams& p, const KeysWork& w, Layout shared, const TensorMap* k_map,
+                                const TensorMap* v_map, const TensorMap* q_map, const TensorMap* grad_out_map) {
+  if (w.first_tile == w.end_tile) return;
+  const int sequence = p.first_q ? 0 : static_cast<int>(w.sequence.index);
+  const int first_k = static_cast<int>(w.sequence.first_k) + w.first, first_q = static_cast<int>(w.sequence.first_q);
+  mbarrier_arrive_expect(shared.own(), 2 * Layout::Own::kBytes);
+  shared.keys().load(k_map, shared.own(), first_k, w.kv_head, sequence);
+  shared.values().load(v_map, shared.own(), first_k, w.kv_head, sequence);
+  RingPlace<Layout::kStages> place;
+#pragma unroll 1
+  for (int member = 0; member < w.group; ++member) {
+    const int head = w.kv_head * w.group + member;
+    const QueryStatistics* const statistics = slots_of(p, head, w.sequence);
+#pragma unroll 1
+    for (int tile = w.first_tile; tile < w.end_tile; ++tile, place.advance()) {
+      const int stage = place.stage, first = tile * Layout::kQueries;
+      mbarrier_wait(shared.empty(stage), place.parity ^ 1);
+      mbarrier_arrive_expect(shared.full(stage), Layout::kStageBytes);
+      shared.queries(stage).load(q_map, shared.full(stage), first_q + first, head, sequence);
+      bulk_load_bytes(shared.statistics(stage), statistics + first, Layout::kStatisticsBytes, shared.full(stage));
+      shared.grad_out(stage).load(grad_out_map, shared.full(stage), first_q + first, head, sequence);
+    }
+  }
+}
+
+// Rows that pass no gradient become zeros: whatever they hold must not meet a weight of 0.
+template <class Layout>
+__device__ void inspect_queries(const KeysWork& w, Layout shared, const char* bytes, int inspector) {
+  constexpr int kRowChunks = Layout::kD / kChunk;
+  RingPlace<Layout::kStages> place;
+  const int steps = (w.end_tile - w.first_tile) * w.group;
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step, place.advance()) {
+    const int stage = place.stage;
+    mbarrier_wait(shared.full(stage), place.parity);
+    const auto* const statistics =
+        reinterpret_cast<const QueryStatistics*>(bytes + (shared.statistics(stage) - shared.base));
+#pragma unroll 1
+    for (int row = inspector; row < Layout::kQueries; row += kInspectors)
+      if (statistics[row].lse == infinity() && lane() < 2 * kRowChunks) {
+        const auto tile = lane() < kRowChunks ? shared.queries(stage) : shared.grad_out(stage);
+        store_shared(tile.chunk(row, lane() % kRowChunks), Bytes16{{0, 0, 0, 0}});
+      }
+    fence_async_proxy();
+    __syncwarp();
+    if (lane() == 0) mbarrier_arrive(shared.inspected(stage));
+  }
+}
+
+// Scores to weights, and weights and products to gradients of scores; columns are queries, and with kHides those
+// outside a row's range get zeros. `kept`: the weights, or with kCapped tanh(score / cap). Registers of products are only read:
+// ptxas serialises products whose accumulators other instructions write while some are under way.
+template <class Layout, bool kCapped, bool kHides>
+__device__ __forceinline__ void weights_of_scores(const float (&scores)[Layout::kQueries / 2],
+                                                  float (&kept)[Layout::kQueries / 2], uint32_t statistics,
+                                                  const ScoreScale& scale, const Span (&visible)[2]) {
+#pragma unroll
+  for (int j = 0; j < Layout::kQueries / 8; ++j) {
+    const Bytes16 pair = load_shared(statistics + j * 64);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float lse = __uint_as_float(pair.word[i % 2 * 2]);
+      float& result = kept[4 * j + i];
+      if (kCapped) {
+        result = tanh_of(scores[4 * j + i] * scale.product);
+      } else {
+        result = exp2_approx(fmaf(scores[4 * j + i], scale.product, -lse));
+        if (kHides && !visible[i / 2].has(8 * j + i % 2)) result = 0.0f;
+      }
+    }
+  }
+}
+
+template <class T, class Layout, bool kCapped, bool kHides>
+__device__ __forceinline__ void gradients_of_scores(const float (&kept)[Layout::kQueries / 2],
+                                                    const float (&products)[Layout::kQueries / 2], uint32_t statistics,
+                                                    const ScoreScale& scale, const Span (&visible)[2],
+                                                    uint32_t (&packed_weights)[Layout::kQueries / 16][4],
+                                                    uint32_t (&packed_gradients)[Layout::kQueries / 16][4]) {
+#pragma unroll
+  for (int j = 0; j < Layout::kQueries / 8; ++j) {
+    const Bytes16 pair = load_shared(statistics + j * 64);
+    float weights[4], gradients[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float lse = __uint_as_float(pair.word[i % 2 * 2]), delta = __uint_as_float(pair.word[i % 2 * 2 + 1]);
+      const float before = kept[4 * j + i];
+      const bool hidden = kHides && !visible[i / 2].has(8 * j + i % 2);
+      weights[i] = kCapped ? (hidden ? 0.0f : exp2_approx(fmaf(before, scale.cap, -lse))) : before;
+      gradients[i] = weights[i] * (products[4 * j + i] - delta);
+      if (kCapped) gradients[i] *= fmaf(-before, before, 1.0f);
+      if (hidden) gradients[i] = 0.0f;
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      packed_weights[j / 2][j % 2 * 2 + half] = pack_pair<T>(weights[2 * half], weights[2 * half + 1]);
+      packed_gradients[j / 2][j % 2 * 2 + half] = pack_pair<T>(gradients[2 * half], gradients[2 * half + 1]);
+    }
+  }
+}
+
+template <class T, bool kCapped, class Layout>
+__device__ __forceinline__ void consume_queries(const AttentionBackwardParams& p, const KeysWork& w, Layout shared) {
+  constexpr int kD = Layout::kD, kQueries = Layout::kQueries;
+  const int first_row = uniform(thread() / kWarpgroup) * 64, my_row = warp() * 16;  // of the block's
+  const int my_column = lane() % 4 * 2;
+  const int first_tile = uniform(w.first_tile), end_tile = uniform(w.end_tile);
+  const int steps = (end_tile - first_tile) * uniform(w.group);
+  const Span full = {uniform(w.full.begin), uniform(w.full.end)};
+  const uint32_t ready = w.inspects ? shared.inspected(0) : shared.full(0);
+  const ScoreScale scale(p);
+  Span mine[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) mine[half] = w.band(p).keys_of(w.first + my_row + lane() / 4 + 8 * half);
+
+  float grad_k[kD / 2], grad_v[kD / 2];
+  RingPlace<Layout::kStages> place;
+  int previous = -1;  // stage of the step before
+  int tile = first_tile;
+  if (steps > 0) mbarrier_wait(shared.own(), 0);
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    const int stage = place.stage, first = tile * kQueries;
+    const auto queries = shared.queries(stage), grad_out = shared.grad_out(stage);
+    const uint32_t statistics = shared.statistics(stage) + my_column * static_cast<int>(sizeof(QueryStatistics));
+    const Span visible[2] = {{mine[0].begin - first - my_column, mine[0].end - first - my_column},
+                             {mine[1].begin - first - my_column, mine[1].end - first - my_column}};
+    float scores[kQueries / 2], products[kQueries / 2], kept[kQueries / 2];
+    uint32_t weights[kQueries / 16][4], gradients[kQueries / 16][4];
+    mbarrier_wait(ready + 8 * stage, place.parity);
+    warpgroup_fence();
+    start_dots<T>(scores, shared.keys(), first_row, queries);
+    warpgroup_commit();
+    warpgroup_wait<1>();  // the sums of the step before: only now there are registers for the products
+    if (lane() == 0 && previous >= 0) mbarrier_arrive(shared.empty(previous));
+    start_dots<T>(products, shared.values(), first_row, grad_out);
+    warpgroup_commit();
+    warpgroup_wait<1>();  // scores
+    if (first < full.begin || first + kQueries > full.end) {
+      weights_of_scores<Layout, kCapped, true>(scores, kept, statistics, scale, visible);
+      warpgroup_wait<0>();
+      gradients_of_scores<T, Layout, kCapped, true>(kept, products, statistics, scale, visible, weights, gradients);
+    } else {
+      weights_of_scores<Layout, kCapped, false>(scores, kept, statistics, scale, visible);
+      warpgroup_wait<0>();
+      gradients_of_scores<T, Layout, kCapped, false>(kept, products, statistics, scale, visible, weights,
+                                                     gradients);
+    }
+    warpgroup_fence();
+    start_weighted_sum<T>(grad_v, weights, grad_out, step > 0);
+    start_weighted_sum<T>(grad_k, gradients, queries, step > 0);
+    warpgroup_commit();
+    warpgroup_wait<0>();
+    previous = stage;
+    place.advance();
+    if (++tile == end_tile) tile = first_tile;
+  }
+  warpgroup_wait<0>();
+  if (steps == 0) {
+    clear(grad_k);
+    clear(grad_v);
+  }
+
+  const int rows = w.sequence.Tk - w.first - my_row;
+  const int64_t sequence = w.sequence.index, token = w.sequence.first_k + w.first + my_row;
+  const float one[2] = {1.0f, 1.0f}, factor[2] = {p.scale, p.scale};
+  store_tile_rows<T>(shared.keys(), my_row, grad_k, factor, row_of<T>(p.grad_k, sequence, w.kv_head, token),
+                     p.grad_k.token_stride, rows, static_cast<int>(p.D));
+  store_tile_rows<T>(shared.values(), my_row, grad_v, one, row_of<T>(p.grad_v, sequence, w.kv_head, token),
+                     p.grad_v.token_stride, rows, static_cast<int>(p.Dv));
+}
+
+template <class T, class Layout, bool kCapped>
+__global__ void __launch_bounds__(kHopperThreads, 1)
+    attention_grad_kv_kernel(const AttentionBackwardParams p, const __grid_constant__ TensorMap k_map,
+                             const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap q_map,
+                             const __grid_constant__ TensorMap grad_out_map, const int tiles, const int section) {
+  char* const bytes = dynamic_shared<char>();
+  const uint32_t skip = -shared_address(bytes) % kSharedAlignment;
+  const Layout shared{shared_address(bytes) + skip};
+  KeysWork& work = *reinterpret_cast<KeysWork*>(bytes + skip + Layout::kWorkAt);
+  static_assert(sizeof(KeysWork) <= Layout::kWorkBytes);
+  if (thread() == 0) {
+    work = KeysWork::of(p, tiles, section, shared);
+    shared.initialise_barriers();
+  }
+  __syncthreads();
+  if (work.nothing()) return;
+  if (thread() >= kConsumers * kWarpgroup) {
+    registers_shrink<kProducerRegisters>();
+    const int worker = warp() - kConsumers * 4;
+    if (worker == 0 && lane() == 0) produce_queries(p, work, shared, &k_map, &v_map, &q_map, &grad_out_map);
+    if (worker > 0 && work.inspects) inspect_queries(work, shared, bytes + skip, worker - 1);
+  } else {
+    registers_grow<kConsumerRegisters>();
+    consume_queries<T, kCapped>(p, work, shared);
+  }
+}
+
+}  // namespace llmfast::cuda

@@ -1,0 +1,148 @@
+"""The backward of attention on Hopper's kernels, emulated or real, against float64; the forward is whatever runs."""
+
+import math
+
+import pytest
+import torch
+from conftest import assert_as_accurate
+from test_attention import make, packed_bounds, torch_varlen_attention, with_gradients
+from test_cuda_attention import check, placed
+
+from llmfast import backend, reference
+from llmfast.ops import attention, varlen_attention
+
+pytest_plugins = "cuda_emulated"
+
+BF16, F16 = torch.bfloat16, torch.float16
+
+# (B, Hq, Hkv, Tq, Tk, D, Dv), options. Tiles: 128 own rows, 64 or 128 of the other side; heads of 64 and 128.
+CASES = {
+    "one token": ((1, 1, 1, 1, 1, 8, 8), {}),
+    "full": ((2, 1, 1, 130, 70, 64, 64), {}),
+    "causal": ((1, 1, 1, 257, 257, 64, 64), {"causal": True}),
+    "causal, wide": ((1, 1, 1, 257, 257, 128, 128), {"causal": True}),
+    "grouped, padded dims": ((1, 4, 2, 131, 131, 72, 128), {"causal": True}),
+    "fewer queries": ((1, 1, 1, 33, 300, 32, 40), {"causal": True}),
+    "fewer keys": ((1, 2, 1, 290, 150, 64, 64), {"causal": True}),
+    "many lead rows see nothing": ((1, 1, 1, 300, 20, 128, 128), {"causal": True}),
+    "window": ((1, 1, 1, 300, 300, 64, 64), {"window": 70}),
+    "window both sides": ((1, 2, 1, 200, 220, 128, 96), {"window": (70, 3)}),
+    "softcap": ((1, 2, 2, 140, 170, 64, 64), {"softcap": 2.0, "causal": True, "scale": 1.0}),
+    "softcap, wide": ((1, 1, 1, 70, 140, 128, 128), {"softcap": 2.0, "scale": -0.5}),
+    "negative scale": ((1, 1, 1, 20, 30, 16, 16), {"scale": -0.5}),
+}
+
+
+def calls() -> int:
+    rows = backend.native_cuda().implementations("attention_backward")
+    return next(row["calls"] for row in rows if row["isa"] == "sm90a")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients(hopper, case):
+    shape, options = CASES[case]
+    before = calls()
+    check(hopper, make(*shape, dtype=BF16), **options)
+    assert calls() == before + 1
+
+
+def test_float16(hopper):
+    check(hopper, make(1, 2, 1, 70, 90, 40, dtype=F16), causal=True)
+    check(hopper, make(1, 2, 1, 70, 90, 128, dtype=F16), causal=True)
+
+
+@pytest.mark.parametrize(
+    ("q_lengths", "k_lengths"),
+    [([5, 0, 140, 1], [5, 0, 140, 1]), ([3, 70, 0, 2], [190, 20, 4, 2]), ([130, 7], [20, 9])],
+    ids=str,
+)
+def test_packed(hopper, q_lengths, k_lengths):
+    bounds = packed_bounds(q_lengths), packed_bounds(k_lengths, torch.int64)
+    q = torch.randn(sum(q_lengths), 2, 64).to(BF16)
+    k, v = torch.randn(2, sum(k_lengths), 1, 64).to(BF16)
+    grad, before = torch.randn(q.shape).to(BF16), calls()
+    for options in ({"causal": True}, {"window": (20, 1), "softcap": 4.0, "scale": 0.3}):
+        ours, theirs, exact = (
+            with_gradients(lambda *a, f=f, b=b: f(*a, *b, **options), tensors, g)  # noqa: B023
+            for f, tensors, b, g in (
+                (varlen_attention, [t.to(hopper) for t in (q, k, v)], [b.to(hopper) for b in bounds], grad.to(hopper)),
+                (torch_varlen_attention, (q, k, v), bounds, grad),
+                (reference.varlen_attention, (q.double(), k.double(), v.double()), bounds, grad),
+            )
+        )
+        for name, a, b, c in zip(("out", "grad_q", "grad_k", "grad_v"), ours, theirs, exact):
+            assert_as_accurate(a.cpu(), b, c, what=f"{name} {options}")
+    assert calls() == before + 2
+
+
+def test_packed_neighbours_do_not_leak(hopper):
+    """A tile of one sequence's end holds the next sequence's first rows: whatever is there must not matter."""
+    bounds = packed_bounds([70, 60]).to(hopper)
+    q, k, v, grad = (t.to(hopper) for t in torch.randn(4, 130, 1, 64).to(BF16))
+
+    def run(*tensors):
+        return with_gradients(lambda *a: varlen_attention(*a, bounds, bounds, causal=True), tensors[:3], tensors[3])
+
+    clean = run(q, k, v, grad)
+    for which in range(4):
+        spoilt = [t.clone() for t in (q, k, v, grad)]
+        spoilt[which][75] = math.nan
+        dirty = run(*spoilt)
+        assert all(torch.equal(a[:70], b[:70]) for a, b in zip(clean, dirty)), which
+
+
+def test_wrong_offsets_stay_inside(hopper):
+    q, k, v = torch.randn(3, 140, 2, 16).to(BF16).to(hopper)
+    for bounds in ([0, 190, 20, 140], [-7, 5, 1 << 40, 3]):
+        offsets = torch.tensor(bounds).to(hopper)
+        with_gradients(lambda *a, o=offsets: varlen_attention(*a, o, o, causal=True), (q, k, v), q)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
+def test_hidden_keys_and_values_do_not_leak(hopper, bad):
+    Tq = Tk = 140
+    grad = torch.randn(1, 1, Tq, 64).to(BF16).to(hopper)
+    for options, spoiled in ({"causal": True}, 130), ({"window": 20}, 50):
+        tensors = [t.to(hopper) for t in make(1, 1, 1, Tq, Tk, 64, dtype=BF16)]
+        clean = with_gradients(attention, tensors, grad, **options)
+        sees = reference.visible(Tq, Tk, causal="causal" in options, window=options.get("window"))[:, spoiled]
+        for which in (1, 2):
+            spoilt = [t.clone() for t in tensors]
+            spoilt[which][:, :, spoiled] = bad
+            dirty = with_gradients(attention, spoilt, grad, **options)
+            assert torch.equal(clean[1][:, :, ~sees], dirty[1][:, :, ~sees]), options
+            assert not dirty[1][:, :, sees].isfinite().all()
+
+
+def test_queries_that_see_nothing_pass_nothing(hopper):
+    """Not even what their own row or gradient holds."""
+    q, k, v = (t.to(hopper) for t in make(1, 1, 1, 150, 20, 64, dtype=BF16))
+    grad = torch.randn(1, 1, 150, 64).to(BF16).to(hopper)
+    clean = with_gradients(attention, (q, k, v), grad, causal=True)
+    q[:, :, :130], grad[:, :, 100:130] = math.nan, math.inf  # the first to see a key is number 130
+    dirty = with_gradients(attention, (q, k, v), grad, causal=True)
+    assert all(torch.equal(a, b) for a, b in zip(clean, dirty))
+    assert (clean[1][:, :, :130] == 0).all()
+
+
+def test_layouts(hopper):
+    """Heads side by side in one tensor run here; rows that start at odd addresses and mask tensors elsewhere."""
+    B, H, T, D = 2, 2, 140, 64
+    before = calls()
+    heads = [t.view(B, T, H, D).transpose(1, 2) for t in torch.randn(B, T, 3 * H * D).to(BF16).split(H * D, dim=-1)]
+    check(hopper, heads, causal=True)
+    assert calls() == before + 1
+    check(hopper, [t[..., 1:] for t in torch.randn(3, 1, 1, 30, 17).to(BF16)], causal=True)
+    check(hopper, make(1, 1, 1, 30, 30, 16, dtype=BF16), mask=torch.rand(30, 30) < 0.5)
+    assert calls() == before + 1
+
+
+def test_order_of_threads_does_not_matter(hopper, thread_order):
+    """And neither does the time: the same input gives the same bits."""
+    for shape, options in (((1, 2, 1, 140, 200, 64), {"causal": True}), ((1, 1, 1, 200, 70, 128), {"window": 30})):
+        tensors = make(*shape, dtype=BF16)
+        check(hopper, tensors, **options)
+        tensors, _ = placed(hopper, tensors, {})
+        grad = torch.randn(*tensors[0].shape).to(BF16).to(hopper)
+        runs = [with_gradients(attention, tensors, grad, **options) for _ in range(2)]
+        assert all(torch.equal(a, b) for a, b in zip(*runs))
