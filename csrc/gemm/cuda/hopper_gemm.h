@@ -129,7 +129,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     } else if constexpr (kSlabs > 0) {
       finish_boxes<Tile>(acc, m, n, epilogue, slabs);
     } else if constexpr (std::is_same_v<Epilogue, PartEpilogue>) {
-      finish_rows<Tile>(acc, shape, m, n, PartEpilogue{epilogue.parts, epilogue.M, epilogue.N, work.part});
+      const int64_t N = shape.N;
+      const FloatRows rows{epilogue.parts + work.part * shape.M * N, N, nullptr, 0, shape.M, N};
+#pragma unroll
+      for (int i = 0; i < Tile::kFragments; ++i) rows.rows<Tile::kN>(acc[i], m + i * 64, n);
     } else {
       finish_rows<Tile>(acc, shape, m, n, epilogue);
     }
@@ -211,13 +214,10 @@ struct HopperProduct {
                   const Stream& stream) {
     if (shape.M == 0 || shape.N == 0) return;
     const HopperPlan plan = hopper_plan(shape, workspace != nullptr);
-    if constexpr (OnHopper<Epilogue>::kOwn)
-      if (plan.parts == 1 && OnHopper<Epilogue>::fits(epilogue, shape))
-        return OnHopper<Epilogue>::visit(epilogue, shape, [&](const auto& own) {
-          launch_hopper_gemm<T, kA, kB>(a, b, shape, plan.tile, {1, shape.K}, own, stream);
-        });
     if (plan.parts == 1)
-      return launch_hopper_gemm<T, kA, kB>(a, b, shape, plan.tile, {1, shape.K}, epilogue, stream);
+      return OnHopper<Epilogue>::visit(epilogue, shape, [&](const auto& own) {
+        launch_hopper_gemm<T, kA, kB>(a, b, shape, plan.tile, {1, shape.K}, own, stream);
+      });
     launch_hopper_gemm<T, kA, kB>(a, b, shape, plan.tile, {plan.parts, part_depth(shape.K, plan.parts)},
                                   PartEpilogue{workspace, shape.M, shape.N, 0}, stream);
     add_parts<HopperProduct>(workspace, shape, plan.parts, epilogue, stream);

@@ -46,8 +46,6 @@ struct LogSumRows {
 
 template <>
 struct OnHopper<cross_entropy::LogSumEpilogue> {
-  static constexpr bool kOwn = true;
-  static bool fits(const cross_entropy::LogSumEpilogue&, GemmShape) { return true; }
   template <class Body>
   static void visit(const cross_entropy::LogSumEpilogue& e, GemmShape shape, const Body& body) {
     body(LogSumRows{e.parts, e.target_logits, e.target, e.M, shape.N, e.first});
@@ -85,16 +83,9 @@ struct LogitGradientBoxes {
 
 template <class T>
 struct OnHopper<cross_entropy::LogitGradientEpilogue<T>> {
-  static constexpr bool kOwn = true;
-  static MappedTensor mapped(const cross_entropy::LogitGradientEpilogue<T>& e, GemmShape shape) {
-    return mapped_boxes(e.d_logits, half_dtype<T>(), e.ld, shape);
-  }
-  static bool fits(const cross_entropy::LogitGradientEpilogue<T>& e, GemmShape shape) {
-    return can_map(mapped(e, shape));
-  }
   template <class Body>
   static void visit(const cross_entropy::LogitGradientEpilogue<T>& e, GemmShape shape, const Body& body) {
-    body(LogitGradientBoxes<T>{make_tensor_map(mapped(e, shape)), e.lse, e.grad, e.target, shape.M, e.first,
+    body(LogitGradientBoxes<T>{make_tensor_map(mapped_boxes(e.d_logits, half_dtype<T>(), e.ld, shape)), e.lse, e.grad, e.target, shape.M, e.first,
                                e.ignore_index});
   }
 };
