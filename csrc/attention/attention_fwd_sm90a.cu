@@ -5,8 +5,8 @@
 namespace llmfast::cuda {
 namespace {
 
-using Tile64 = HopperForwardTile<64, 2, 128, 2, 2, true, Loop::simple, false, 40, 232>;
-using Tile128 = HopperForwardTile<128, 2, 128, 2, 2, true, Loop::simple, false, 40, 232>;
+using Tile64 = HopperForwardTile<64, 2, 128, 2, 2, true, Loop::overlapped, true, 40, 232>;
+using Tile128 = HopperForwardTile<128, 2, 128, 2, 2, true, Loop::overlapped, true, 40, 232>;
 using Tile256 = HopperForwardTile<256, 2, 80, 2, 2, false, Loop::simple, false, 24, 240>;
 
 template <class T>

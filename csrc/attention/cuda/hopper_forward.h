@@ -14,8 +14,8 @@ namespace llmfast::cuda {
 constexpr int kWarpgroup = 128, kGroupRows = 64;  // threads of a warpgroup; queries that one owns
 constexpr int kPanel = 64;                        // elements in a 128-byte row of a box
 
-// How the consumers order products and softmax (see hopper_forward_loop.h).
-enum class Loop { simple, deferred };
+// How a consumer orders products and softmax (hopper_forward_consumer.h).
+enum class Loop { simple, overlapped };
 
 // kConsumers warpgroups of 64 queries against kKeys keys a step, heads padded to kD. kOutApart: the output has shared
 // memory of its own, so that the next tile's Q can come while this tile's output goes.
@@ -35,12 +35,15 @@ struct HopperForwardTile {
   static constexpr int kOutAt = kOutApart ? kQueryBytes : 0;
   static constexpr int kKeysAt = kOutAt + kQueryBytes, kValuesAt = kKeysAt + kKeyStages * kKeyBytes;
   static constexpr int kBadAt = kValuesAt + kValueStages * kKeyBytes;  // which values hold NaN or infinity
-  static constexpr int kBarriersAt = kBadAt + kValueStages * kWords * 4;
+  static constexpr int kWorkAt = kBadAt + kValueStages * kWords * 4;  // two HopperWork
+  static constexpr int kScratchAt = kWorkAt + 2 * 64;                 // nobody reads it
+  static constexpr int kBarriersAt = kScratchAt + 4 * kWarpSize;
   static constexpr int kQueriesFull = kBarriersAt, kQueriesEmpty = kQueriesFull + 8;
   static constexpr int kKeysFull = kQueriesEmpty + 8, kKeysEmpty = kKeysFull + 8 * kKeyStages;
   static constexpr int kValuesFull = kKeysEmpty + 8 * kKeyStages, kValuesEmpty = kValuesFull + 8 * kValueStages;
   static constexpr int kValuesSearched = kValuesEmpty + 8 * kValueStages;
-  static constexpr int kBytes = 1024 + kValuesSearched + 8 * kValueStages;  // the base is rounded up to 1024
+  static constexpr int kWorkFull = kValuesSearched + 8 * kValueStages, kWorkEmpty = kWorkFull + 16;
+  static constexpr int kBytes = 1024 + kWorkEmpty + 16;  // the base is rounded up to 1024
 
   static_assert(kD % kPanel == 0 && kD <= 256 && kKeys % 16 == 0 && kKeys <= 256 && kRows <= 256);
   static_assert(kKeyPanel % 1024 == 0, "a period of the swizzle");
@@ -51,56 +54,110 @@ struct HopperForwardTile {
 // size 1 in its map; the coordinate is multiplied by 0.
 struct HopperForwardParams : AttentionParams {
   int64_t query_tiles;  // of all sequences, for one head
+  int* tickets;         // work is handed out by this counter, 0 at the start; null: in a fixed order
   struct Steps {
     int sequence, head;
   } q_steps, k_steps, v_steps;
 };
 
-constexpr int kSearchers = 3;  // warps of the producer's warpgroup that look for NaN
+// Warps of the producer's warpgroup: one copies, one finds work, the others look for NaN.
+constexpr int kSearchers = 2;
 
-// One tile of queries of one head. Work is numbered so that neighbours share keys: heads of a group first, then tiles,
-// the longest first, then kv heads.
-struct HopperWork {
-  int64_t sequence, head, kv_head;
-  Sequence tokens;
-  int first_row, end_row;  // queries of the sequence
-  Span by_all;
-  int first_tile, end_tile;  // of keys
+// One tile of queries of one head, as one warp posts it to the others in shared memory.
+// Tiles of keys are taken from the last to the first; those in [full_first, full_end) hide nothing from anybody.
+struct alignas(16) HopperWork {
+  int first_tile, end_tile;         // end_tile -1: no more work
+  int full_first, full_end;
+  int first_row, end_row;           // queries of the sequence
+  int first_key, end_key;           // row first_row + r sees the keys [first_key + r, end_key + r) of 0 .. Tk
+  int first_q, first_k;             // tokens before the sequence
+  int Tk;
+  int sequence, head, kv_head;
+  int unused[2];
 
-  __device__ HopperWork(const HopperForwardParams& p, int64_t index, int rows, int keys) {
-    const int group = static_cast<int>(p.Hq / p.Hkv), tiles = static_cast<int>(p.query_tiles);
-    const int rest = static_cast<int>(index) / group;
-    kv_head = rest / tiles;
-    head = kv_head * group + static_cast<int>(index) % group;
-    const TokenTile place = token_tile(rest % tiles, p.B, p.Tq, p.first_q, rows);
-    sequence = place.sequence;
-    tokens = sequence_of(p, sequence);
-    first_row = place.first;
-    end_row = first_row + rows < tokens.Tq ? first_row + rows : tokens.Tq;
-    if (!exists()) return;
-    const Band band{tokens.Tq, tokens.Tk, p.left, p.right};
-    const Span seen = band.seen_by_any(first_row, end_row);
-    by_all = band.seen_by_all(first_row, end_row);
-    first_tile = seen.begin / keys;
-    end_tile = seen.empty() ? first_tile : (seen.end + keys - 1) / keys;
-  }
-  __device__ bool exists() const { return first_row < tokens.Tq; }
   __device__ bool empty() const { return first_tile >= end_tile; }
-  // Whether some query of the tile does not see some key of tile `tile`.
-  __device__ bool hides(int tile, int keys) const { return !by_all.contains({tile * keys, tile * keys + keys}); }
-};
-
-// This block's share of `count` pieces of work, whatever the grid: there and back over the blocks, so that no block gets
-// the longer of each round. body(index).
-template <class Body>
-__device__ __forceinline__ void for_each_work(int64_t count, const Body& body) {
-  const int64_t blocks = gridDim.x, block = blockIdx.x;
-  bool back = false;
-  for (int64_t first = 0; first < count; first += blocks, back = !back) {
-    const int64_t index = first + (back ? blocks - 1 - block : block);
-    if (index < count) body(index);
+  __device__ bool hides(int tile) const { return tile < full_first || tile >= full_end; }
+  __device__ Span keys_of(int row) const {  // row of the tile
+    return {clamped(int64_t{first_key} + row, Tk), clamped(int64_t{end_key} + row, Tk)};
   }
+};
+static_assert(sizeof(HopperWork) == 64);
+
+__device__ __forceinline__ int clamped(int64_t value, int least, int most) {
+  return value < least ? least : value > most ? most : static_cast<int>(value);
 }
+
+// Work is numbered so that neighbours share keys: heads of a group first, then tiles, the longest first, then kv heads.
+// False where the tile of a packed sequence does not exist.
+template <class Tile>
+__device__ __forceinline__ bool find_work(const HopperForwardParams& p, int index, HopperWork& work) {
+  const int group = static_cast<int>(p.Hq / p.Hkv), tiles = static_cast<int>(p.query_tiles);
+  const int rest = index / group;
+  TokenTile place;
+  if (p.first_q) {
+    place = token_tile(rest % tiles, p.B, p.Tq, p.first_q, Tile::kRows);
+  } else {  // the same in 32 bits
+    const int of_sequence = (static_cast<int>(p.Tq) + Tile::kRows - 1) / Tile::kRows, at = rest % tiles;
+    place = {at / of_sequence, (of_sequence - 1 - at % of_sequence) * Tile::kRows};
+  }
+  const Sequence s = sequence_of(p, place.sequence);
+  if (place.first >= s.Tq) return false;
+  work.kv_head = rest / tiles;
+  work.head = work.kv_head * group + index % group;
+  work.sequence = static_cast<int>(place.sequence);
+  work.first_q = static_cast<int>(s.first_q);
+  work.first_k = static_cast<int>(s.first_k);
+  work.Tk = s.Tk;
+  work.first_row = place.first;
+  work.end_row = s.Tq - place.first < Tile::kRows ? s.Tq : place.first + Tile::kRows;
+  const int64_t diagonal = int64_t{place.first} + s.Tk - s.Tq;
+  work.first_key = clamped(diagonal - p.left, -Tile::kRows, s.Tk);
+  work.end_key = clamped(diagonal + p.right + 1, -Tile::kRows, s.Tk);
+  const int last = work.end_row - place.first - 1;
+  const Span top = work.keys_of(0), bottom = work.keys_of(last);
+  work.first_tile = top.begin / Tile::kKeys;
+  work.end_tile = top.begin < bottom.end ? (bottom.end + Tile::kKeys - 1) / Tile::kKeys : work.first_tile;
+  work.full_first = (bottom.begin + Tile::kKeys - 1) / Tile::kKeys;
+  work.full_end = top.end / Tile::kKeys;
+  if (work.full_first >= work.full_end) work.full_first = work.full_end = work.first_tile;
+  return true;
+}
+
+__device__ __forceinline__ void post(uint32_t slot, const HopperWork& work) {
+  const int word[16] = {work.first_tile, work.end_tile, work.full_first, work.full_end, work.first_row, work.end_row,
+                        work.first_key,  work.end_key,  work.first_q,    work.first_k,  work.Tk,        work.sequence,
+                        work.head,       work.kv_head,  0,               0};
+#pragma unroll
+  for (int i = 0; i < 16; i += 4)
+    store_shared(slot + 4 * i, Bytes16{{static_cast<uint32_t>(word[i]), static_cast<uint32_t>(word[i + 1]),
+                                        static_cast<uint32_t>(word[i + 2]), static_cast<uint32_t>(word[i + 3])}});
+}
+// Read again wherever it is needed: registers are scarce.
+__device__ __forceinline__ HopperWork posted(uint32_t slot) {
+  const Bytes16 a = load_shared(slot), b = load_shared(slot + 16), c = load_shared(slot + 32), d = load_shared(slot + 48);
+  const auto at = [](const Bytes16& bytes, int i) { return static_cast<int>(bytes.word[i]); };
+  return {at(a, 0), at(a, 1), at(a, 2), at(a, 3), at(b, 0), at(b, 1), at(b, 2), at(b, 3),
+          at(c, 0), at(c, 1), at(c, 2), at(c, 3), at(d, 0), at(d, 1), {0, 0}};
+}
+
+// A block's share of `count` pieces of work: by the counter, or there and back over the blocks, so that no block gets
+// the longer of each round.
+struct WorkOrder {
+  int count, next_first = 0;
+  bool back = false;
+
+  __device__ int next(const HopperForwardParams& p) {  // count or more: no more
+    if (p.tickets) return atomicAdd(p.tickets, 1);
+    const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
+    while (next_first < count) {
+      const int index = next_first + (back ? blocks - 1 - block : block);
+      next_first += blocks;
+      back = !back;
+      if (index < count) return index;
+    }
+    return count;
+  }
+};
 
 // ---- softmax on accumulators -----------------------------------------------------------------------------------------
 // Element i of a thread's scores is in its row i / 2 % 2 (ptx/warpgroup.h); four lanes share a row.
