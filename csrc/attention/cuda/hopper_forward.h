@@ -91,29 +91,35 @@ __device__ __forceinline__ int clamped(int64_t value, int least, int most) {
 // False where the tile of a packed sequence does not exist.
 template <class Tile>
 __device__ __forceinline__ bool find_work(const HopperForwardParams& p, int index, HopperWork& work) {
-  const int group = static_cast<int>(p.Hq / p.Hkv), tiles = static_cast<int>(p.query_tiles);
-  const int rest = index / group;
-  TokenTile place;
-  if (p.first_q) {
-    place = token_tile(rest % tiles, p.B, p.Tq, p.first_q, Tile::kRows);
-  } else {  // the same in 32 bits
-    const int of_sequence = (static_cast<int>(p.Tq) + Tile::kRows - 1) / Tile::kRows, at = rest % tiles;
-    place = {at / of_sequence, (of_sequence - 1 - at % of_sequence) * Tile::kRows};
-  }
-  const Sequence s = sequence_of(p, place.sequence);
-  if (place.first >= s.Tq) return false;
+  const int group = static_cast<int>(p.Hq) / static_cast<int>(p.Hkv), tiles = static_cast<int>(p.query_tiles);
+  const int rest = index / group, at = rest % tiles, tokens = static_cast<int>(p.Tq);
   work.kv_head = rest / tiles;
   work.head = work.kv_head * group + index % group;
-  work.sequence = static_cast<int>(place.sequence);
+  // As token_tile() says, in 32 bits.
+  if (p.first_q) {
+    int low = 0;
+    for (int high = static_cast<int>(p.B); high - low > 1;) {
+      const int middle = (low + high) / 2;
+      if (clamped(p.first_q[middle], tokens) / Tile::kRows + middle <= at) low = middle;
+      else high = middle;
+    }
+    work.sequence = low;
+    work.first_row = (at - low - clamped(p.first_q[low], tokens) / Tile::kRows) * Tile::kRows;
+  } else {
+    const int of_sequence = (tokens + Tile::kRows - 1) / Tile::kRows;
+    work.sequence = at / of_sequence;
+    work.first_row = (of_sequence - 1 - at % of_sequence) * Tile::kRows;
+  }
+  const Sequence s = sequence_of(p, work.sequence);
+  if (work.first_row >= s.Tq) return false;
   work.first_q = static_cast<int>(s.first_q);
   work.first_k = static_cast<int>(s.first_k);
   work.Tk = s.Tk;
-  work.first_row = place.first;
-  work.end_row = s.Tq - place.first < Tile::kRows ? s.Tq : place.first + Tile::kRows;
-  const int64_t diagonal = int64_t{place.first} + s.Tk - s.Tq;
+  work.end_row = s.Tq - work.first_row < Tile::kRows ? s.Tq : work.first_row + Tile::kRows;
+  const int64_t diagonal = int64_t{work.first_row} + s.Tk - s.Tq;
   work.first_key = clamped(diagonal - p.left, -Tile::kRows, s.Tk);
   work.end_key = clamped(diagonal + p.right + 1, -Tile::kRows, s.Tk);
-  const int last = work.end_row - place.first - 1;
+  const int last = work.end_row - work.first_row - 1;
   const Span top = work.keys_of(0), bottom = work.keys_of(last);
   work.first_tile = top.begin / Tile::kKeys;
   work.end_tile = top.begin < bottom.end ? (bottom.end + Tile::kKeys - 1) / Tile::kKeys : work.first_tile;
@@ -276,7 +282,20 @@ __device__ __forceinline__ void search_values(uint32_t values, uint32_t bad_mask
   __syncwarp();
 }
 
-// out += weights * (the noted rows of V); `values` is the first of the tile's rows in memory.
+// Eight neighbours of a row of D elements, zeros beyond its end.
+template <class T>
+__device__ __forceinline__ Bytes16 load_chunk(const T* row, int chunk, int D) {
+  const T* from = row + chunk * kChunk;
+  if (chunk * kChunk + kChunk <= D) return load<Bytes16>(from);
+  Bytes16 bytes = {};
+#pragma unroll
+  for (int j = 0; j < kChunk; ++j)
+    if (chunk * kChunk + j < D) bytes.word[j / 2] |= static_cast<uint32_t>(from[j].bits) << j % 2 * 16;
+  return bytes;
+}
+
+// out += weights * (the noted rows of V); `values` is the first of the tile's rows in memory. Sparing with registers:
+// out and weights hold most of them.
 template <class T, class Tile>
 __device__ __forceinline__ void add_bad_values(float (&out)[Tile::kD / 2], const float (&weights)[Tile::kKeys / 2],
                                                uint32_t bad_mask, const T* values, int64_t stride, int Dv) {
@@ -292,16 +311,24 @@ __device__ __forceinline__ void add_bad_values(float (&out)[Tile::kD / 2], const
 #pragma unroll
       for (int i = 0; i < Tile::kKeys / 2; ++i)
         bits[i / 2 % 2] |= __float_as_uint(weights[i]) & (row / 8 == i / 4 && row % 2 == i % 2 ? kAllLanes : 0u);
+      float w[2];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float w = __uint_as_float(__shfl_sync(kAllLanes, bits[half], lane() / 4 * 4 + row % 8 / 2));
-        if (w == 0.0f) continue;
+      for (int half = 0; half < 2; ++half)
+        w[half] = __uint_as_float(__shfl_sync(kAllLanes, bits[half], lane() / 4 * 4 + row % 8 / 2));
+      const Bytes16 mine = load_chunk(values + row * stride, lane(), Dv);
 #pragma unroll
-        for (int i = 0; i < Tile::kD / 2; ++i) {
-          if (i / 2 % 2 != half) continue;
-          const int col = i / 4 * 8 + lane() % 4 * 2 + i % 2;
-          if (col < Dv) out[i] += w * to_float(values[row * stride + col]);
+      for (int j = 0; j < Tile::kD / kChunk; ++j) {  // chunk j is in lane j; this lane needs its word lane() % 4
+        uint32_t pair = 0;
+#pragma unroll
+        for (int part = 0; part < 4; ++part) {
+          const uint32_t taken = __shfl_sync(kAllLanes, mine.word[part], j);
+          if (lane() % 4 == part) pair = taken;
         }
+        float x[2];
+        unpack_pair<T>(pair, x[0], x[1]);
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          if (w[e / 2] != 0.0f) out[4 * j + e] += w[e / 2] * x[e % 2];
       }
     }
   }

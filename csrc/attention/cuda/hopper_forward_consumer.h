@@ -251,14 +251,14 @@ struct Consumer {
 #pragma unroll
       for (int i = 0; i < Tile::kD / 2; ++i) out[i] = 0.0f;
       HopperSoftmax softmax;
-      if (!work.empty()) {
+      if (!Tile::kOutApart || !work.empty()) {
         mbarrier_wait(base + Tile::kQueriesFull, query.parity);
         all_steps(work, out, softmax);
         if (Tile::kOutApart) release(Tile::kQueriesEmpty);
         query.advance();
       }
       finish(out, softmax, out_map);
-      if (!Tile::kOutApart && !work.empty()) {
+      if (!Tile::kOutApart) {
         if (thread() % kWarpgroup == 0) bulk_wait_read<0>();
         meet_group();
         release(Tile::kQueriesEmpty);

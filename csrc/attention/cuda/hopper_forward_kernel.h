@@ -39,8 +39,14 @@ __device__ __forceinline__ void produce(const HopperForwardParams& p, const Tens
     const HopperWork work = posted(base + Tile::kWorkAt + 64 * slot.stage);
     mbarrier_arrive(base + Tile::kWorkEmpty + 8 * slot.stage);
     if (work.end_tile < 0) return;
-    if (work.empty()) continue;
-
+    if (work.empty()) {
+      if (!Tile::kOutApart) {  // the output needs the place of Q
+        mbarrier_wait(base + Tile::kQueriesEmpty, query.parity ^ 1);
+        mbarrier_arrive(base + Tile::kQueriesFull);
+        query.advance();
+      }
+      continue;
+    }
     const int sequence = p.first_q ? 0 : work.sequence;
     mbarrier_wait(base + Tile::kQueriesEmpty, query.parity ^ 1);
     mbarrier_arrive_expect(base + Tile::kQueriesFull, Tile::kQueryBytes);
@@ -173,8 +179,9 @@ struct HopperForwardTensors {
   }
 };
 
-// `blocks`: of the grid; 0: one for each piece of work. `tickets`: see HopperForwardParams.
-template <class T, class Tile>
+// `blocks`: of the grid; 0: one for each piece of work. `tickets`: see HopperForwardParams. kFinished: a softcap, or a
+// scale that is not positive.
+template <class T, class Tile, bool kFinished>
 void launch_hopper_forward(const AttentionParams& params, const Stream& stream, int blocks, int* tickets = nullptr) {
   HopperForwardParams p;
   static_cast<AttentionParams&>(p) = params;
@@ -183,11 +190,9 @@ void launch_hopper_forward(const AttentionParams& params, const Stream& stream, 
   p.q_steps = steps_of(p.q), p.k_steps = steps_of(p.k), p.v_steps = steps_of(p.v);
   const HopperForwardTensors t(p, Tile::kRows, Tile::kKeys);
   const int64_t works = p.query_tiles * p.Hq;
-  const bool finished = p.softcap > 0.0f || !(p.scale > 0.0f);
   launch(stream, {static_cast<unsigned>(blocks == 0 || works < blocks ? works : blocks)}, Tile::kThreads,
-         size_t{Tile::kBytes},
-         finished ? hopper_forward_kernel<T, Tile, true> : hopper_forward_kernel<T, Tile, false>, p,
-         make_tensor_map(t.q), make_tensor_map(t.k), make_tensor_map(t.v), make_tensor_map(t.out));
+         size_t{Tile::kBytes}, hopper_forward_kernel<T, Tile, kFinished>, p, make_tensor_map(t.q), make_tensor_map(t.k),
+         make_tensor_map(t.v), make_tensor_map(t.out));
 }
 
 }  // namespace llmfast::cuda
