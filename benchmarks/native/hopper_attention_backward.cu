@@ -179,12 +179,16 @@ const std::vector<Variant> kKeys = {keys_variant<KeysLayout<128, 64, 2>>("keys 6
                                     keys_variant<KeysLayout<128, 64, 3>>("keys 64 x 3"),
                                     keys_variant<KeysLayout<64, 128, 2>>("keys 128 x 2"),
                                     keys_variant<KeysLayout<64, 128, 3>>("keys 128 x 3"),
-                                    keys_variant<KeysLayout<64, 64, 4>>("keys 64 x 4")};
+                                    keys_variant<KeysLayout<64, 64, 4>>("keys 64 x 4"),
+                                    keys_variant<KeysLayout<64, 64, 4, false>>("keys 64 x 4 +")};  // +: does not drain
 const std::vector<Variant> kQueries = {queries_variant<QueriesLayout<128, 128, 2>>("queries 128 x 2"),
                                        queries_variant<QueriesLayout<128, 64, 3>>("queries 64 x 3"),
+                                       queries_variant<QueriesLayout<128, 64, 3, false>>("queries 64 x 3 +"),
                                        queries_variant<QueriesLayout<64, 128, 2>>("queries 128 x 2"),
                                        queries_variant<QueriesLayout<64, 128, 3>>("queries 128 x 3"),
-                                       queries_variant<QueriesLayout<64, 64, 4>>("queries 64 x 4")};
+                                       queries_variant<QueriesLayout<64, 128, 3, false>>("queries 128 x 3 +"),
+                                       queries_variant<QueriesLayout<64, 64, 4>>("queries 64 x 4"),
+                                       queries_variant<QueriesLayout<64, 64, 4, false>>("queries 64 x 4 +")};
 
 void run_statistics(const AttentionBackwardParams& p, int kD) {
   if (kD == 64) launch_query_statistics<bf16, 8>(p, kStream);

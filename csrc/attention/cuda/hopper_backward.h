@@ -1,5 +1,8 @@
 // What the Hopper backward kernels share: shared-memory tiles as the copy engine writes them, the products that read
-// them, two numbers a query row in slots of whole tiles, the order of blocks, and the way of a finished tile to memory.
+// them, two numbers a query row in slots of whole tiles, and the way of a finished tile to memory.
+//
+// Blocks run in the order of their index, all tiles of a head one after another, the longest first: the few heads that
+// are under way together share the L2 cache.
 //
 // Roles of a block: warpgroups 0 and 1 compute, each with 64 rows of the block's own 128. Of warpgroup 2 one thread
 // asks for copies, and warps 1 to 3 inspect tiles whose hidden rows might hold NaN or infinity, where there can be any.
@@ -191,27 +194,6 @@ void launch_query_statistics(const AttentionBackwardParams& p, const Stream& str
   const int64_t rows = slots_of_head(p.B, p.Tq, p.first_q != nullptr) * kSlotRows * p.Hq;
   launch(stream, {static_cast<unsigned>(rows * kLanes / kSlotThreads)}, kSlotThreads, 0,
          query_statistics_kernel<T, kLanes>, p);
-}
-
-// ---- the order of blocks --------------------------------------------------------------------------------------------
-
-// Blocks run in the order of their index. A section of heads, whose streamed tensors fit the L2 cache together, after
-// another; in a section the first tiles of all heads, then the second ones.
-struct BlockPlace {
-  int tile, head;
-};
-__host__ __device__ inline BlockPlace block_place(int index, int tiles, int heads, int section) {
-  const int first = index / (tiles * section) * section;
-  const int inside = index - first * tiles, width = heads - first < section ? heads - first : section;
-  return {inside / width, first + inside % width};
-}
-
-constexpr int64_t kSectionBytes = int64_t{24} << 20;
-
-// Heads of a section, each streaming `tokens` rows of two tensors.
-inline int section_of(int64_t tokens, int64_t D, int64_t heads) {
-  const int64_t fit = kSectionBytes / (tokens * D * 4 + 1);
-  return static_cast<int>(fit < 1 ? 1 : fit > heads ? heads : fit);
 }
 
 }  // namespace llmfast::cuda

@@ -13,8 +13,11 @@
 
 namespace llmfast::cuda {
 
-template <int kD_, int kQueries_, int kStages_>
+// kDrains: a step ends when its sums are done. Otherwise they go on while the next step's scores begin, which takes
+// registers that a kD of 128 or tiles of 128 do not leave.
+template <int kD_, int kQueries_, int kStages_, bool kDrains_ = true>
 struct KeysLayout {
+  static constexpr bool kDrains = kDrains_;
   static constexpr int kD = kD_, kQueries = kQueries_, kStages = kStages_;
   using Own = SlabTile<kOwnRows, kD>;
   using Other = SlabTile<kQueries, kD>;
@@ -58,17 +61,15 @@ struct KeysWork {
   bool inspects;             // some tile may hold rows that pass no gradient: of another sequence, or that see no key
 
   template <class Layout>
-  __device__ static KeysWork of(const AttentionParams& p, int tiles, int section, Layout) {
+  __device__ static KeysWork of(const AttentionParams& p, Layout) {
     constexpr int kQueries = Layout::kQueries;
     KeysWork w;
-    const int Hkv = static_cast<int>(p.Hkv), B = static_cast<int>(p.B);
-    const BlockPlace place = block_place(static_cast<int>(blockIdx.x), tiles, p.first_k ? Hkv : B * Hkv, section);
-    w.kv_head = place.head % Hkv, w.group = static_cast<int>(p.Hq) / Hkv;
+    w.kv_head = static_cast<int>(blockIdx.y), w.group = static_cast<int>(p.Hq) / static_cast<int>(p.Hkv);
     if (p.first_k) {
-      const TokenTile tile = token_tile(place.tile, p.B, p.Tk, p.first_k, kOwnRows);
+      const TokenTile tile = token_tile(blockIdx.x, p.B, p.Tk, p.first_k, kOwnRows);
       w.sequence = sequence_of(p, tile.sequence), w.first = tile.first;
-    } else {
-      w.sequence = sequence_of(p, place.head / Hkv), w.first = place.tile * kOwnRows;
+    } else {  // under a causal mask the first is the longest
+      w.sequence = sequence_of(p, blockIdx.z), w.first = static_cast<int>(blockIdx.x) * kOwnRows;
     }
     const int Tq = w.sequence.Tq, Tk = w.sequence.Tk, end = w.first + kOwnRows < Tk ? w.first + kOwnRows : Tk;
     w.first_tile = w.end_tile = 0, w.full = {0, 0}, w.inspects = false;
@@ -242,7 +243,7 @@ __device__ __forceinline__ void consume_queries(const AttentionBackwardParams& p
     start_weighted_sum<T>(grad_v, weights, grad_out, step > 0);
     start_weighted_sum<T>(grad_k, gradients, queries, step > 0);
     warpgroup_commit();
-    warpgroup_wait<0>();
+    if (Layout::kDrains) warpgroup_wait<0>();
     previous = stage;
     place.advance();
     if (++tile == end_tile) tile = first_tile;
@@ -266,14 +267,14 @@ template <class T, class Layout, bool kCapped>
 __global__ void __launch_bounds__(kHopperThreads, 1)
     attention_grad_kv_kernel(const AttentionBackwardParams p, const __grid_constant__ TensorMap k_map,
                              const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap q_map,
-                             const __grid_constant__ TensorMap grad_out_map, const int tiles, const int section) {
+                             const __grid_constant__ TensorMap grad_out_map) {
   char* const bytes = dynamic_shared<char>();
   const uint32_t skip = -shared_address(bytes) % kSharedAlignment;
   const Layout shared{shared_address(bytes) + skip};
   KeysWork& work = *reinterpret_cast<KeysWork*>(bytes + skip + Layout::kWorkAt);
   static_assert(sizeof(KeysWork) <= Layout::kWorkBytes);
   if (thread() == 0) {
-    work = KeysWork::of(p, tiles, section, shared);
+    work = KeysWork::of(p, shared);
     shared.initialise_barriers();
   }
   __syncthreads();
