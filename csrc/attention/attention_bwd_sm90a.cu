@@ -6,6 +6,7 @@
 // to one warpgroup and runs in the order of the tiles: no atomics, bitwise deterministic, at the price of seven products
 // instead of five.
 #include "attention/attention_cuda.h"
+#include "attention/cuda/hopper_backward_joint.h"
 #include "attention/cuda/hopper_backward_keys.h"
 #include "attention/cuda/hopper_backward_queries.h"
 
@@ -42,6 +43,20 @@ void launch_queries(const AttentionBackwardParams& p, const Stream& stream) {
   const Maps maps(p, Layout::kKeys, kOwnRows);
   launch(stream, grid_of(p, p.Tq, p.Hq), kHopperThreads, size_t{Layout::kBytes},
          attention_grad_q_kernel<T, Layout, kCapped>, p, maps.k, maps.v, maps.q, maps.grad_out);
+}
+
+// The statistics' kernel before it zeroes the sums.
+template <class T, class Layout, bool kCapped>
+void launch_jointly(const AttentionBackwardParams& p, const Stream& stream) {
+  const Maps maps(p, kOwnRows, Layout::kQueries);
+  launch(stream, grid_of(p, p.Tk, p.Hkv), kHopperThreads, size_t{Layout::kBytes},
+         attention_grad_joint_kernel<T, Layout, kCapped>, p, maps.k, maps.v, maps.q, maps.grad_out);
+}
+template <class T, int kD>
+void launch_rounding(const AttentionBackwardParams& p, const Stream& stream) {
+  const int64_t parts = 2 * slots_of_head(p.B, p.Tq, p.first_q != nullptr) * (kSlotRows * kD / 8192);
+  launch(stream, {static_cast<unsigned>(parts), static_cast<unsigned>(p.Hq)}, kWarpgroup,
+         SlabTile<64, 64>::kBytes + kSharedAlignment, round_query_sums_kernel<T, kD>, p);
 }
 
 template <class T, int kD, bool kCapped>

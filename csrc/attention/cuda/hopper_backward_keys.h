@@ -18,6 +18,7 @@ namespace llmfast::cuda {
 template <int kD_, int kQueries_, int kStages_, bool kDrains_ = true>
 struct KeysLayout {
   static constexpr bool kDrains = kDrains_;
+  static constexpr int kInspectors = 3;
   static constexpr int kD = kD_, kQueries = kQueries_, kStages = kStages_;
   using Own = SlabTile<kOwnRows, kD>;
   using Other = SlabTile<kQueries, kD>;
@@ -129,7 +130,7 @@ __device__ void inspect_queries(const KeysWork& w, Layout shared, const char* by
     const auto* const statistics =
         reinterpret_cast<const QueryStatistics*>(bytes + (shared.statistics(stage) - shared.base));
 #pragma unroll 1
-    for (int row = inspector; row < Layout::kQueries; row += kInspectors)
+    for (int row = inspector; row < Layout::kQueries; row += Layout::kInspectors)
       if (statistics[row].lse == infinity() && lane() < 2 * kRowChunks) {
         const auto tile = lane() < kRowChunks ? shared.queries(stage) : shared.grad_out(stage);
         store_shared(tile.chunk(row, lane() % kRowChunks), Bytes16{{0, 0, 0, 0}});
@@ -141,12 +142,13 @@ __device__ void inspect_queries(const KeysWork& w, Layout shared, const char* by
 }
 
 // Scores to weights, and weights and products to gradients of scores; columns are queries, and with kHides those
-// outside a row's range get zeros. `kept`: the weights, or with kCapped tanh(score / cap). Registers of products are only read:
+// outside a row's range get zeros. `factor`: of products of a row. `kept`: the weights, or with kCapped tanh(score / cap). Registers of products are only read:
 // ptxas serialises products whose accumulators other instructions write while some are under way.
 template <class Layout, bool kCapped, bool kHides>
 __device__ __forceinline__ void weights_of_scores(const float (&scores)[Layout::kQueries / 2],
                                                   float (&kept)[Layout::kQueries / 2], uint32_t statistics,
-                                                  const ScoreScale& scale, const Span (&visible)[2]) {
+                                                  const float (&factor)[2], const ScoreScale& scale,
+                                                  const Span (&visible)[2]) {
 #pragma unroll
   for (int j = 0; j < Layout::kQueries / 8; ++j) {
     const Bytes16 pair = load_shared(statistics + j * 64);
@@ -155,9 +157,9 @@ __device__ __forceinline__ void weights_of_scores(const float (&scores)[Layout::
       const float lse = __uint_as_float(pair.word[i % 2 * 2]);
       float& result = kept[4 * j + i];
       if (kCapped) {
-        result = tanh_of(scores[4 * j + i] * scale.product);
+        result = tanh_of(scores[4 * j + i] * factor[i / 2]);
       } else {
-        result = exp2_approx(fmaf(scores[4 * j + i], scale.product, -lse));
+        result = exp2_approx(fmaf(scores[4 * j + i], factor[i / 2], -lse));
         if (kHides && !visible[i / 2].has(8 * j + i % 2)) result = 0.0f;
       }
     }
@@ -206,6 +208,7 @@ __device__ __forceinline__ void consume_queries(const AttentionBackwardParams& p
 #pragma unroll
   for (int half = 0; half < 2; ++half) mine[half] = w.band(p).keys_of(w.first + my_row + lane() / 4 + 8 * half);
 
+  const float factor[2] = {scale.product, scale.product};
   float grad_k[kD / 2], grad_v[kD / 2];
   RingPlace<Layout::kStages> place;
   int previous = -1;  // stage of the step before
@@ -220,6 +223,7 @@ __device__ __forceinline__ void consume_queries(const AttentionBackwardParams& p
                              {mine[1].begin - first - my_column, mine[1].end - first - my_column}};
     float scores[kQueries / 2], products[kQueries / 2], kept[kQueries / 2];
     uint32_t weights[kQueries / 16][4], gradients[kQueries / 16][4];
+    mbarrier_wait(shared.full(stage), place.parity);
     mbarrier_wait(ready + 8 * stage, place.parity);
     warpgroup_fence();
     start_dots<T>(scores, shared.keys(), first_row, queries);
@@ -230,11 +234,11 @@ __device__ __forceinline__ void consume_queries(const AttentionBackwardParams& p
     warpgroup_commit();
     warpgroup_wait<1>();  // scores
     if (first < full.begin || first + kQueries > full.end) {
-      weights_of_scores<Layout, kCapped, true>(scores, kept, statistics, scale, visible);
+      weights_of_scores<Layout, kCapped, true>(scores, kept, statistics, factor, scale, visible);
       warpgroup_wait<0>();
       gradients_of_scores<T, Layout, kCapped, true>(kept, products, statistics, scale, visible, weights, gradients);
     } else {
-      weights_of_scores<Layout, kCapped, false>(scores, kept, statistics, scale, visible);
+      weights_of_scores<Layout, kCapped, false>(scores, kept, statistics, factor, scale, visible);
       warpgroup_wait<0>();
       gradients_of_scores<T, Layout, kCapped, false>(kept, products, statistics, scale, visible, weights,
                                                      gradients);
@@ -256,8 +260,8 @@ __device__ __forceinline__ void consume_queries(const AttentionBackwardParams& p
 
   const int rows = w.sequence.Tk - w.first - my_row;
   const int64_t sequence = w.sequence.index, token = w.sequence.first_k + w.first + my_row;
-  const float one[2] = {1.0f, 1.0f}, factor[2] = {p.scale, p.scale};
-  store_tile_rows<T>(shared.keys(), my_row, grad_k, factor, row_of<T>(p.grad_k, sequence, w.kv_head, token),
+  const float one[2] = {1.0f, 1.0f}, scales[2] = {p.scale, p.scale};
+  store_tile_rows<T>(shared.keys(), my_row, grad_k, scales, row_of<T>(p.grad_k, sequence, w.kv_head, token),
                      p.grad_k.token_stride, rows, static_cast<int>(p.D));
   store_tile_rows<T>(shared.values(), my_row, grad_v, one, row_of<T>(p.grad_v, sequence, w.kv_head, token),
                      p.grad_v.token_stride, rows, static_cast<int>(p.Dv));

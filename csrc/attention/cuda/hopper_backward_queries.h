@@ -16,6 +16,7 @@ namespace llmfast::cuda {
 template <int kD_, int kKeys_, int kStages_, bool kDrains_ = true>
 struct QueriesLayout {
   static constexpr bool kDrains = kDrains_;  // as in KeysLayout
+  static constexpr int kInspectors = 3;
   static constexpr int kD = kD_, kKeys = kKeys_, kStages = kStages_;
   using Own = SlabTile<kOwnRows, kD>;
   using Other = SlabTile<kKeys, kD>;
@@ -116,7 +117,7 @@ __device__ void inspect_keys(const QueriesWork& w, Layout shared, int inspector)
     mbarrier_wait(shared.full(stage), place.parity);
     if (!w.full.contains({first, first + Layout::kKeys})) {
 #pragma unroll 2
-      for (int i = inspector * kRowsAStep; i < Layout::kKeys; i += kInspectors * kRowsAStep) {
+      for (int i = inspector * kRowsAStep; i < Layout::kKeys; i += Layout::kInspectors * kRowsAStep) {
         const int row = i + my_row;
         const uint32_t at = shared.keys(stage).chunk(row, my_chunk);
         const uint32_t bad = __ballot_sync(kAllLanes, not_finite<T>(load_shared(at)));
@@ -208,6 +209,7 @@ __device__ __forceinline__ void consume_keys(const AttentionBackwardParams& p, c
                              {mine[1].begin - first - my_column, mine[1].end - first - my_column}};
     float scores[kKeys / 2], products[kKeys / 2], kept[kKeys / 2];
     uint32_t gradients[kKeys / 16][4];
+    mbarrier_wait(shared.full(stage), place.parity);
     mbarrier_wait(ready + 8 * stage, place.parity);
     warpgroup_fence();
     start_dots<T>(scores, shared.queries(), first_row, keys);
