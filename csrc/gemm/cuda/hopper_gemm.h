@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     for (int item = blockIdx.x; item < items; item += grid) {
       const Work work = schedule.at(item);
       start_products<T, Tile, kA, kB>(ring, place, work.steps, which * Tile::kRows, acc);
-      finish_products(ring, place);
+      finish_products<Tile>(ring, place, acc);
       finish(acc, work, which * Tile::kRows);
     }
   } else {
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       barrier_sync(mine, 256);
       start_products<T, Tile, kA, kB>(ring, place, work.steps, 0, acc);
       if (item + grid < items) barrier_arrive(others, 256);
-      finish_products(ring, place);
+      finish_products<Tile>(ring, place, acc);
       if (which == 0 && item + grid < items) skip(place, schedule.at(item + grid).steps);
       finish(acc, work, 0);
     }

@@ -127,8 +127,11 @@ __device__ __forceinline__ void start_products(const Ring<Tile>& ring, RingPlace
 }
 
 template <class Tile>
-__device__ __forceinline__ void finish_products(const Ring<Tile>& ring, const RingPlace<Tile::kStages>& place) {
+__device__ __forceinline__ void finish_products(const Ring<Tile>& ring, const RingPlace<Tile::kStages>& place,
+                                                HopperAccumulators<Tile>& acc) {
   warpgroup_wait<0>();
+#pragma unroll
+  for (int i = 0; i < Tile::kFragments; ++i) pin_registers(acc[i]);
   if (lane() == 0) mbarrier_arrive(ring.empty(place.stage == 0 ? Tile::kStages - 1 : place.stage - 1));
 }
 
