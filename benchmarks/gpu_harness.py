@@ -281,7 +281,11 @@ class Report:
 def _said(name: str, entry: dict) -> str:
     if "median_ms" not in entry:
         return f"{name} {entry['status'][:60]}"
-    rate = f"{entry['tflops']:.0f}T" if "tflops" in entry else f"{entry.get('gb_per_s', 0):.0f}G/s"
+    rate = (
+        f"{entry['tflops']:.0f}T" if "tflops" in entry else f"{entry['gb_per_s']:.0f}G/s" if "gb_per_s" in entry else ""
+    )
+    if "tokens_per_s" in entry:
+        rate += f" {entry['tokens_per_s']:,.0f} tokens/s"
     flags = (" WRONG " + json.dumps(entry["errors"])[:80] if entry["status"] != "ok" else "") + (
         " (fell back)" if entry.get("fell_back") else ""
     )
