@@ -11,9 +11,11 @@ static bool saved_fits(const TensorView& t) {
 
 bool ffn_forward_fits_sm90a(const FfnParams& p) {
   const int64_t M = p.x.shape[0], C = p.x.shape[1], F = p.up_weight.shape[0];
-  return HopperProduct::fits(operand(p.x), Major::k, M, C) && HopperProduct::fits(operand(p.up_weight), Major::k, F, C) &&
-         (!p.gate_weight.defined || HopperProduct::fits(operand(p.gate_weight), Major::k, F, C)) &&
-         HopperProduct::fits(operand(p.down_weight), Major::k, C, F) && saved_fits(p.up) && saved_fits(p.gate);
+  const auto fits = [](const TensorView& t, int64_t mn, int64_t k) {
+    return !t.defined || HopperProduct::fits(operand(t), Major::k, mn, k);
+  };
+  return fits(p.x, M, C) && fits(p.up_weight, F, C) && fits(p.gate_weight, F, C) && fits(p.down_weight, C, F) &&
+         saved_fits(p.up) && saved_fits(p.gate);
 }
 
 bool ffn_backward_fits_sm90a(const FfnBackwardParams& p) {

@@ -2,11 +2,11 @@
 //
 // An epilogue of boxes has kSlabs, the slabs of shared memory that a warpgroup needs, and
 //   void box(float (&x)[32], int m, int n, Slabs<kSlabs>& slabs) const
-// called by a warpgroup for its accumulators of 64 rows from m on and 64 columns from n on, laid out as warpgroup_product
-// leaves them. Boxes beyond C's edges are not stored. An epilogue of rows has kRows and
+// called by a warpgroup for its accumulators of 64 rows from m on and 64 columns from n on, laid out as
+// warpgroup_product leaves them. Boxes beyond C's edges are not stored. An epilogue of rows has kRows and
 //   template <int kN> void rows(float (&x)[kN / 2], int m, int n) const
-// called for 64 rows and all columns of a tile. A paired epilogue of boxes has kPaired, too, and box(first, second, m, n,
-// slabs): its B is two matrices [N, K], whose products with A come together.
+// called for 64 rows and all columns of a tile. A paired epilogue of boxes has kPaired, too, and box(first, second, m,
+// n, slabs): its B is two matrices [N, K], whose products with A come together.
 #pragma once
 #include "core/tensor_map.h"
 #include "gemm/cuda/epilogue.h"
@@ -195,7 +195,8 @@ __device__ __forceinline__ void add_floats(float (&x)[32], const float* addend, 
 
 // A box element by element.
 template <class T>
-__device__ __forceinline__ void store_floats(T* c, const float (&x)[32], int64_t ld, int m, int n, int64_t M, int64_t N) {
+__device__ __forceinline__ void store_floats(T* c, const float (&x)[32], int64_t ld, int m, int n, int64_t M,
+                                             int64_t N) {
   const int row = m + warp() % 4 * 16 + lane() / 4, col = n + lane() % 4 * 2;
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
