@@ -241,6 +241,7 @@ struct Consumer {
             if (j < cols) target[j] = T{static_cast<uint16_t>(bytes.word[j / 2] >> (j % 2 * 16))};
         }
       }
+      if (!Tile::kOutApart) fence_async_proxy();  // Q comes here next
       meet_group();
     }
   }
