@@ -85,6 +85,11 @@ __global__ void fill_kernel(bf16* to, int64_t count, uint32_t seed) {
   }
 }
 
+__global__ void compare_kernel(const uint32_t* a, const uint32_t* b, int64_t count, int* differ) {
+  for (int64_t i = blockIdx.x * int64_t{256} + thread(); i < count; i += gridDim.x * int64_t{256})
+    if (a[i] != b[i]) atomicMax(differ, 1);
+}
+
 // ---- plain attention of sampled rows ---------------------------------------------------------------------------------
 
 struct Sample {
@@ -290,14 +295,24 @@ void run_case(const std::string& name, const Shape& s, const Variant& variant, B
     variant.run(buffers.p, blocks == Blocks::all ? 0 : multiprocessors,
                 blocks == Blocks::tickets ? buffers.tickets : nullptr);
   };
-  std::vector<char> first(buffers.out_bytes), again(buffers.out_bytes);
+  uint32_t* first = static_cast<uint32_t*>(allocate(buffers.out_bytes));
+  int* differ = static_cast<int*>(allocate(4));
   int different = 0;
-  for (int i = 0; i < 3; ++i) {
+  run();
+  synchronize();
+  copy(first, buffers.out, buffers.out_bytes);
+  for (int i = 0; i < 2; ++i) {
+    clear_tickets(differ);
     run();
+    llmfast::launch(Stream{0, nullptr}, {kTimed ? 512u : 2u}, 256, 0, compare_kernel, first,
+                    reinterpret_cast<const uint32_t*>(buffers.out), buffers.out_bytes / 4, differ);
     synchronize();
-    copy(i ? again.data() : first.data(), buffers.out, buffers.out_bytes);
-    different += i && std::memcmp(first.data(), again.data(), buffers.out_bytes) != 0;
+    int found = 0;
+    copy(&found, differ, 4);
+    different += found;
   }
+  deallocate(first);
+  deallocate(differ);
   const Errors e = errors(s, buffers);
   const bool right = e.out <= 1.0 / 64 && e.lse <= 2e-3 && different == 0;
   failures += !right;
@@ -367,6 +382,8 @@ int main(int count, char** words) {
         for (const auto& [suffix, blocks] : {std::pair<const char*, Blocks>{"persistent", Blocks::persistent},
                                              {"blocks", Blocks::all},
                                              {"tickets", Blocks::tickets}}) {
+          // How work is handed out hardly depends on the variant.
+          if (shapes == &timed && blocks != Blocks::persistent && v.name != "hd128-128x128-overlapped-turns") continue;
           const std::string name =
               std::string(shapes == &checks ? "check" : "time") + " " + v.name + " " + s.name + " " + suffix;
           bool wanted = true;

@@ -224,14 +224,27 @@ __device__ __forceinline__ void scale_rows(float (&acc)[kCount], const float (&f
 
 // ---- the two products ------------------------------------------------------------------------------------------------
 
+// A matrix descriptor (ptx/warpgroup.h) in two words: moving on inside the operand is one 32-bit addition.
+template <int kLeading>
+struct Operand {
+  uint32_t low;
+
+  __device__ __forceinline__ explicit Operand(uint32_t address)
+      : low(static_cast<uint32_t>(matrix_descriptor(address, 1024, kLeading))) {}
+  __device__ __forceinline__ uint64_t at(int bytes) const {
+    constexpr uint32_t kHigh = matrix_descriptor(0, 1024, kLeading) >> 32;
+    return uint64_t{kHigh} << 32 | (low + (bytes >> 4));
+  }
+};
+
 // scores[64, kKeys] = Q K^T; queries: this warpgroup's first row.
 template <class T, class Tile>
 __device__ __forceinline__ void issue_scores(float (&scores)[Tile::kKeys / 2], uint32_t queries, uint32_t keys) {
+  const Operand<16> q(queries), k(keys);
 #pragma unroll
   for (int d = 0; d < Tile::kD; d += 16)
-    warpgroup_product<Tile::kKeys, T, Major::k, Major::k>(
-        scores, matrix_descriptor(queries + d / kPanel * Tile::kQueryPanel + d % kPanel * 2, 1024),
-        matrix_descriptor(keys + d / kPanel * Tile::kKeyPanel + d % kPanel * 2, 1024), d > 0);
+    warpgroup_product<Tile::kKeys, T, Major::k, Major::k>(scores, q.at(d / kPanel * Tile::kQueryPanel + d % kPanel * 2),
+                                                          k.at(d / kPanel * Tile::kKeyPanel + d % kPanel * 2), d > 0);
   warpgroup_commit();
 }
 
@@ -239,10 +252,10 @@ __device__ __forceinline__ void issue_scores(float (&scores)[Tile::kKeys / 2], u
 template <class T, class Tile>
 __device__ __forceinline__ void issue_values(float (&out)[Tile::kD / 2], const uint32_t (&weights)[Tile::kKeys / 16][4],
                                              uint32_t values) {
+  const Operand<Tile::kKeyPanel> v(values);
 #pragma unroll
   for (int k = 0; k < Tile::kKeys / 16; ++k)
-    warpgroup_product<Tile::kD, T, Major::mn>(out, weights[k],
-                                              matrix_descriptor(values + k * 2048, 1024, Tile::kKeyPanel), true);
+    warpgroup_product<Tile::kD, T, Major::mn>(out, weights[k], v.at(k * 2048), true);
   warpgroup_commit();
 }
 

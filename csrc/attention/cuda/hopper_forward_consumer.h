@@ -114,10 +114,10 @@ struct Consumer {
     release_values();
   }
 
-  // `tiles` that hide nothing: Q K^T of one and P V of the one before are issued together, and the softmax of the one runs
-  // under the P V of the other. ptxas would move the wait for P V up to the wait for Q K^T; a store of what the softmax
+  // `tiles` of which all but the first, `tile`, hide nothing: Q K^T of one and P V of the one before are issued together,
+  // and the softmax of the one runs under the P V of the other. ptxas would move the wait for P V up to the wait for Q K^T; a store of what the softmax
   // ends with holds it below.
-  __device__ __forceinline__ void overlapped_steps(int tiles, Out& out, HopperSoftmax& softmax) {
+  __device__ __forceinline__ void overlapped_steps(int tile, bool hides, int tiles, Out& out, HopperSoftmax& softmax) {
     Scores scores;
     Weights weights;
     float keep[2];
@@ -129,7 +129,11 @@ struct Consumer {
     pin_registers(scores);
     release_keys();
     if constexpr (kFinished) scale_scores(as_fragments(scores), scale);
+    if (hides) hide(scores, tile);
     softmax.update(scores, scale.factor(), keep);
+    scale_rows(out, keep);
+    if (hides) add_bad(out, scores, tile);
+    keep[0] = keep[1] = 1.0f;
     pack_weights<T>(weights, scores);
 #pragma unroll 1
     for (int left = tiles - 1; left > 0; --left) {
@@ -164,15 +168,18 @@ struct Consumer {
 #pragma unroll 1
       for (int tile = work.end_tile - 1; tile >= work.first_tile; --tile) step(tile, work.hides(tile), out, softmax);
     } else {
-      int tile = work.end_tile;
+      // Tiles that hide something: at the end, then at the beginning; those between, and the one after which they come.
+      const int full = work.full_end - work.full_first;
+      int tile = work.end_tile - 1;
 #pragma unroll 1
-      for (int part = 0; part < 2; ++part) {
-        const int end = part == 0 ? work.full_end : work.first_tile;
-#pragma unroll 1
-        while (tile > end) step(--tile, true, out, softmax);
-        if (part == 0 && work.full_first < work.full_end) {
-          overlapped_steps(work.full_end - work.full_first, out, softmax);
+      for (; tile >= work.first_tile; --tile) {
+        const bool joins = full > 0 && (tile == work.full_end || tile == work.full_end - 1);
+        if (joins) {
+          const bool hides = tile == work.full_end;
+          overlapped_steps(tile, hides, full + hides, out, softmax);
           tile = work.full_first;
+        } else {
+          step(tile, true, out, softmax);
         }
       }
     }
@@ -234,6 +241,7 @@ struct Consumer {
             if (j < cols) target[j] = T{static_cast<uint16_t>(bytes.word[j / 2] >> (j % 2 * 16))};
         }
       }
+      if (!Tile::kOutApart) fence_async_proxy();  // Q comes here next
       meet_group();
     }
   }
