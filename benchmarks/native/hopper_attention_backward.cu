@@ -346,8 +346,8 @@ void compare(const Case& c, Problem& problem, int between) {
   bool right = true;
   for (const float share : worst) right &= share <= kTolerated;
   failures += !right;
-  std::printf("  %-8s largest error / largest element: grad_q %.4f grad_k %.4f grad_v %.4f\n", right ? "right" : "WRONG",
-              worst[0], worst[1], worst[2]);
+  std::printf("  %-8s largest error / largest element: grad_q %.4f grad_k %.4f grad_v %.4f\n",
+              right ? "right" : "WRONG", worst[0], worst[1], worst[2]);
   std::fflush(stdout);
 }
 
@@ -378,6 +378,7 @@ const std::vector<Case> kChecks = {
     {"softcap d64", 1, 1, 1, 200, 300, 64, kAny, 0, 2.0f, {}, {}},
     {"packed d128", 3, 2, 1, 330, 360, 128, kAny, 0, 0, {0, 5, 200, 330}, {0, 25, 230, 360}},
     {"packed d64", 3, 2, 1, 330, 360, 64, 70, 3, 0, {0, 5, 200, 330}, {0, 25, 230, 360}},
+    {"packed full d128", 3, 2, 1, 330, 360, 128, kAny, kAny, 0, {0, 5, 200, 330}, {0, 25, 230, 360}},
     {"many heads d128", 4, 16, 16, 1024, 1024, 128, kAny, 0, 0, {}, {}},
 };
 

@@ -3,8 +3,9 @@
 //
 // As on sm_80 two kernels after a small one that computes each row's lse and delta: the keys' kernel sums grad_k and
 // grad_v (cuda/hopper_backward_keys.h), the queries' kernel grad_q (cuda/hopper_backward_queries.h). Each sum belongs
-// to one warpgroup and runs in the order of the tiles: no atomics, bitwise deterministic, at the price of seven products
-// instead of five.
+// to one warpgroup and runs in the order of the tiles: no atomics, bitwise deterministic, at the price of seven
+// products instead of five. cuda/hopper_backward_joint.h has those five in one kernel, whose sums' order varies; the
+// benchmark program runs it, nothing else does.
 #include "attention/attention_cuda.h"
 #include "attention/cuda/hopper_backward_joint.h"
 #include "attention/cuda/hopper_backward_keys.h"

@@ -2,12 +2,12 @@
 // hopper_backward_keys.h a block owns 128 keys and walks over tiles of queries; besides
 //   dS^T goes through shared memory, since a query's sum runs over the keys of both warpgroups:
 //   grad_q[tile] += dS K                 64 x 64 of it a warpgroup, kLag steps after dS was ready
-// and each block adds its share to float32 sums in memory: by the copy engine, in L2, in the order in which blocks come.
-// The sums' tiles are stored as the fragments lie, [warpgroup][4 columns of fragments][thread][4]; a last kernel scales
+// and each block adds its share to float32 sums in memory: by the copy engine, in L2, in the order in which blocks
+// come. The sums' tiles are stored as the fragments lie, [warpgroup][4 columns of fragments][thread][4]; a last kernel scales
 // and rounds them.
 //
-// Shared memory: K and V; a ring of kStages times Q, grad_out, statistics; two tiles of dS^T; 16 KB a warpgroup on their
-// way to the sums. Of warpgroup 2, warp 0 asks for copies, warp 1 inspects, warps 2 and 3 add.
+// Shared memory: K and V; a ring of kStages times Q, grad_out, statistics; two tiles of dS^T; 16 KB a warpgroup on
+// their way to the sums. Of warpgroup 2, warp 0 asks for copies, warp 1 inspects, warps 2 and 3 add.
 #pragma once
 #include "attention/cuda/hopper_backward_keys.h"
 #include "ptx/barrier.h"
@@ -107,7 +107,8 @@ __device__ void add_shares(const AttentionParams& p, const KeysWork& w, Layout s
   int parity = 0;
 #pragma unroll 1
   for (int member = 0; member < w.group; ++member) {
-    float* const sums = query_sums<Layout::kD>(p, w.kv_head * w.group + member, w.sequence) + warpgroup * Layout::kShare;
+    const int head = w.kv_head * w.group + member;
+    float* const sums = query_sums<Layout::kD>(p, head, w.sequence) + warpgroup * Layout::kShare;
 #pragma unroll 1
     for (int tile = w.first_tile; tile < w.end_tile; ++tile, parity ^= 1) {
       mbarrier_wait(shared.share_full(warpgroup), parity);
@@ -132,7 +133,10 @@ __device__ __forceinline__ void consume_jointly(const AttentionBackwardParams& p
   const ScoreScale scale(p);
   Span mine[2];
 #pragma unroll
-  for (int half = 0; half < 2; ++half) mine[half] = w.band(p).keys_of(w.first + my_row + lane() / 4 + 8 * half);
+  for (int half = 0; half < 2; ++half) {
+    const int key = w.first + my_row + lane() / 4 + 8 * half;
+    mine[half] = key < w.sequence.Tk ? w.band(p).keys_of(key) : Span{0, 0};  // the next sequence's
+  }
 
   float grad_k[kD / 2], grad_v[kD / 2];
   RingPlace<Layout::kStages> place;
@@ -145,7 +149,8 @@ __device__ __forceinline__ void consume_jointly(const AttentionBackwardParams& p
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const Bytes16 four = load_shared(shared.poison() + (my_row + lane() / 4 + 8 * half) / 4 * 16);
-    const uint32_t pair = lane() / 4 % 2 ? four.word[1] : four.word[0], other = lane() / 4 % 2 ? four.word[3] : four.word[2];
+    const uint32_t pair = lane() / 4 % 2 ? four.word[1] : four.word[0];
+    const uint32_t other = lane() / 4 % 2 ? four.word[3] : four.word[2];
     factor[half] = scale.product + __uint_as_float(lane() / 4 % 4 < 2 ? pair : other);
   }
 #pragma unroll 1
@@ -196,11 +201,12 @@ __device__ __forceinline__ void consume_jointly(const AttentionBackwardParams& p
       mbarrier_wait(shared.scores_full(then & 1), then / 2 % 2);
       const auto tile_of_scores = shared.scores(then & 1);
       warpgroup_fence();
+      const int query_slab = (kQueries == 128 ? warpgroup : 0) * Layout::Scores::kSlabBytes;
+      const int column_slab = (kD == 128 ? warpgroup : 0) * Layout::Own::kSlabBytes;
 #pragma unroll
       for (int k = 0; k < kOwnRows / 16; ++k)
-        warpgroup_product<64, T, Major::mn, Major::mn>(
-            sums, advanced(tile_of_scores.by_columns(k), (kQueries == 128 ? warpgroup : 0) * Layout::Scores::kSlabBytes),
-            advanced(shared.keys().by_columns(k), (kD == 128 ? warpgroup : 0) * Layout::Own::kSlabBytes), k > 0);
+        warpgroup_product<64, T, Major::mn, Major::mn>(sums, advanced(tile_of_scores.by_columns(k), query_slab),
+                                                       advanced(shared.keys().by_columns(k), column_slab), k > 0);
       warpgroup_commit();
     }
     warpgroup_wait<0>();

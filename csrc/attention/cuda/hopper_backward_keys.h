@@ -58,7 +58,7 @@ struct KeysWork {
   int kv_head, group;
   int first;                 // key
   int first_tile, end_tile;  // of queries
-  Span full;                 // queries that see all the block's keys
+  Span full;                 // queries that see all the block's rows of keys
   bool inspects;             // some tile may hold rows that pass no gradient: of another sequence, or that see no key
 
   template <class Layout>
@@ -76,7 +76,8 @@ struct KeysWork {
     w.first_tile = w.end_tile = 0, w.full = {0, 0}, w.inspects = false;
     if (w.nothing()) return w;
     const Span seen = w.band(p).seen_by_any(w.first, end);
-    w.full = w.band(p).seen_by_all(w.first, end);
+    const bool others = p.first_k && w.first + kOwnRows > Tk;  // rows of the next sequence, that nothing sees
+    if (!others) w.full = w.band(p).seen_by_all(w.first, end);
     if (seen.empty()) return w;
     w.first_tile = seen.begin / kQueries, w.end_tile = (seen.end + kQueries - 1) / kQueries;
     const int last = w.end_tile * kQueries < Tq ? w.end_tile * kQueries - 1 : Tq - 1;
@@ -142,8 +143,9 @@ __device__ void inspect_queries(const KeysWork& w, Layout shared, const char* by
 }
 
 // Scores to weights, and weights and products to gradients of scores; columns are queries, and with kHides those
-// outside a row's range get zeros. `factor`: of products of a row. `kept`: the weights, or with kCapped tanh(score / cap). Registers of products are only read:
-// ptxas serialises products whose accumulators other instructions write while some are under way.
+// outside a row's range get zeros. `factor`: of a row's products. `kept`: the weights, or with kCapped
+// tanh(score / cap). Registers of products are only read: ptxas serialises products whose accumulators other instructions
+// write while some are under way.
 template <class Layout, bool kCapped, bool kHides>
 __device__ __forceinline__ void weights_of_scores(const float (&scores)[Layout::kQueries / 2],
                                                   float (&kept)[Layout::kQueries / 2], uint32_t statistics,
@@ -229,7 +231,7 @@ __device__ __forceinline__ void consume_queries(const AttentionBackwardParams& p
     start_dots<T>(scores, shared.keys(), first_row, queries);
     warpgroup_commit();
     warpgroup_wait<1>();  // the sums of the step before: only now there are registers for the products
-    if (lane() == 0 && previous >= 0) mbarrier_arrive(shared.empty(previous));
+    if (!Layout::kDrains && lane() == 0 && previous >= 0) mbarrier_arrive(shared.empty(previous));
     start_dots<T>(products, shared.values(), first_row, grad_out);
     warpgroup_commit();
     warpgroup_wait<1>();  // scores
@@ -247,7 +249,10 @@ __device__ __forceinline__ void consume_queries(const AttentionBackwardParams& p
     start_weighted_sum<T>(grad_v, weights, grad_out, step > 0);
     start_weighted_sum<T>(grad_k, gradients, queries, step > 0);
     warpgroup_commit();
-    if (Layout::kDrains) warpgroup_wait<0>();
+    if (Layout::kDrains) {
+      warpgroup_wait<0>();
+      if (lane() == 0) mbarrier_arrive(shared.empty(stage));
+    }
     previous = stage;
     place.advance();
     if (++tile == end_tile) tile = first_tile;

@@ -215,12 +215,13 @@ __device__ __forceinline__ void consume_keys(const AttentionBackwardParams& p, c
     start_dots<T>(scores, shared.queries(), first_row, keys);
     warpgroup_commit();
     warpgroup_wait<1>();  // the sums of the step before
-    if (lane() == 0 && previous >= 0) mbarrier_arrive(shared.empty(previous));
+    if (!Layout::kDrains && lane() == 0 && previous >= 0) mbarrier_arrive(shared.empty(previous));
     start_dots<T>(products, shared.grad_out(), first_row, values);
     warpgroup_commit();
     warpgroup_wait<1>();  // scores
     if (first < full.begin || first + kKeys > full.end) {
-      const auto* const poison = reinterpret_cast<const float*>(bytes + (shared.poison(stage) - shared.base)) + my_column;
+      const auto* const poison =
+          reinterpret_cast<const float*>(bytes + (shared.poison(stage) - shared.base)) + my_column;
       weights_of_rows<Layout, kCapped, true>(scores, kept, lse, scale, visible, poison);
       warpgroup_wait<0>();
       gradients_of_rows<T, Layout, kCapped, true>(kept, products, lse, delta, scale, visible, gradients);
@@ -232,7 +233,10 @@ __device__ __forceinline__ void consume_keys(const AttentionBackwardParams& p, c
     warpgroup_fence();
     start_weighted_sum<T>(grad_q, gradients, keys, tile > first_tile);
     warpgroup_commit();
-    if (Layout::kDrains) warpgroup_wait<0>();
+    if (Layout::kDrains) {
+      warpgroup_wait<0>();
+      if (lane() == 0) mbarrier_arrive(shared.empty(stage));
+    }
     previous = stage;
     place.advance();
   }
