@@ -12,7 +12,7 @@ using Tile256 = HopperForwardTile<256, 2, 80, 2, 2, false, Loop::simple, false, 
 template <class T, class Tile>
 void launch(const AttentionParams& p, const Stream& stream) {
   const int blocks = device_info(stream.device).multiprocessors;
-  if (p.softcap > 0.0f || !(p.scale > 0.0f)) launch_hopper_forward<T, Tile, true>(p, stream, blocks);
+  if (p.softcap > 0.0f || p.mask.data || !(p.scale > 0.0f)) launch_hopper_forward<T, Tile, true>(p, stream, blocks);
   else launch_hopper_forward<T, Tile, false>(p, stream, blocks);
 }
 
@@ -27,7 +27,7 @@ void forward(const AttentionParams& p, const Stream& stream) {
 }  // namespace
 
 bool attention_forward_sm90a_supports(const AttentionParams& p) {
-  return !p.mask.data && HopperForwardTensors(p, 128, 80).fit(p);
+  return HopperForwardTensors(p, 128, 80).fit(p);
 }
 
 void attention_forward_sm90a(const AttentionParams& p, const Stream& stream) {

@@ -125,7 +125,7 @@ __device__ __forceinline__ bool find_work(const HopperForwardParams& p, int inde
   work.end_tile = top.begin < bottom.end ? (bottom.end + Tile::kKeys - 1) / Tile::kKeys : work.first_tile;
   work.full_first = (bottom.begin + Tile::kKeys - 1) / Tile::kKeys;
   work.full_end = top.end / Tile::kKeys;
-  if (work.full_first >= work.full_end) work.full_first = work.full_end = work.first_tile;
+  if (work.full_first >= work.full_end || p.mask.data) work.full_first = work.full_end = work.first_tile;
   return true;
 }
 

@@ -179,8 +179,8 @@ struct HopperForwardTensors {
   }
 };
 
-// `blocks`: of the grid; 0: one for each piece of work. `tickets`: see HopperForwardParams. kFinished: a softcap, or a
-// scale that is not positive.
+// `blocks`: of the grid; 0: one for each piece of work. `tickets`: see HopperForwardParams. kFinished: a softcap, a
+// mask tensor, or a scale that is not positive.
 template <class T, class Tile, bool kFinished>
 void launch_hopper_forward(const AttentionParams& params, const Stream& stream, int blocks, int* tickets = nullptr) {
   HopperForwardParams p;
