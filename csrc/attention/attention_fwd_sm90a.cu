@@ -1,7 +1,7 @@
 // Masked attention, forward, for compute capability 9.0 (bf16, fp16); see attention.h for the formula.
 //
-// A block works through tiles of 128 queries of one head, from a list that all blocks share (WorkOrder). Its warpgroups:
-//   0: a warp that finds work and posts it, one that copies Q, K and V by the bulk copy engine, two that look for NaN in V
+// A block works through tiles of 128 queries of one head, its share of all (WorkOrder). Its warpgroups:
+//   0: a warp that finds work and posts it, one that copies Q, K and V by the bulk copy engine, two that look for NaN
 //   1, 2: consumers, 64 queries each, rows whole in one warpgroup. For the tiles of keys, from the last to the first:
 //     S[64][keys] = Q K^T                                 wgmma, both operands in shared memory
 //     softcap, mask tensor, band where a tile has something to hide

@@ -124,9 +124,9 @@ struct Consumer {
     release_values();
   }
 
-  // `tiles` of which all but the first, `tile`, hide nothing: Q K^T of one and P V of the one before are issued together,
-  // and the softmax of the one runs under the P V of the other. ptxas would move the wait for P V up to the wait for Q K^T; a store of what the softmax
-  // ends with holds it below.
+  // `tiles` of which all but the first, `tile`, hide nothing: Q K^T of one and P V of the one before are issued
+  // together, and the softmax of the one runs under the P V of the other. ptxas would move the wait for P V up to the
+  // wait for Q K^T; a store of what the softmax ends with holds it below.
   __device__ __forceinline__ void overlapped_steps(int tile, bool hides, int tiles, Out& out, HopperSoftmax& softmax) {
     Scores scores;
     Weights weights;
