@@ -373,7 +373,7 @@ int main(int count, char** words) {
       {"window1024-B2-T8k", 2, 16, 16, 8192, 8192, 0, 0, 1023, 0},
   };
   const bool list = count == 2 && std::strcmp(words[1], "list") == 0;
-  const int multiprocessors = device_info(0).multiprocessors;
+  const int multiprocessors = list ? 0 : device_info(0).multiprocessors;
   if (!list) std::printf("%s, %d multiprocessors\n", device_info(0).name.c_str(), multiprocessors);
   for (const std::vector<Shape>* shapes : {&checks, &timed}) {
     if (!kTimed && shapes == &timed) continue;
