@@ -61,7 +61,7 @@ def test_packed(hopper, q_lengths, k_lengths):
     q = torch.randn(sum(q_lengths), 2, 64).to(BF16)
     k, v = torch.randn(2, sum(k_lengths), 1, 64).to(BF16)
     grad, before = torch.randn(q.shape).to(BF16), calls()
-    for options in ({"causal": True}, {"window": (20, 1), "softcap": 4.0, "scale": 0.3}):
+    for options in ({"causal": True}, {"window": (20, 1), "softcap": 4.0, "scale": 0.3}, {}):
         ours, theirs, exact = (
             with_gradients(lambda *a, f=f, b=b: f(*a, *b, **options), tensors, g)  # noqa: B023
             for f, tensors, b, g in (
@@ -72,7 +72,7 @@ def test_packed(hopper, q_lengths, k_lengths):
         )
         for name, a, b, c in zip(("out", "grad_q", "grad_k", "grad_v"), ours, theirs, exact):
             assert_as_accurate(a.cpu(), b, c, what=f"{name} {options}")
-    assert calls() == before + 2
+    assert calls() == before + 3
 
 
 def test_packed_neighbours_do_not_leak(hopper):

@@ -64,6 +64,14 @@ def test_wide_tiles(hopper):
     assert_as_accurate(out, F.linear(x, weight), F.linear(x.double(), weight.double()))
 
 
+def test_rows_of_the_result_that_the_copy_engine_cannot_address(hopper):
+    x, weight, bias = (torch.randn(*s).to(BF16).to(hopper) for s in ((70, 40), (133, 40), (133,)))
+    with on_sm90a("linear"):
+        out = llmfast.linear(x, weight, bias)
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    assert_as_accurate(out, F.linear(x, weight, bias), exact)
+
+
 def test_what_the_copy_engine_cannot_address_runs_elsewhere(hopper):
     before = calls("linear")
     x, weight = torch.randn(40, 52).to(BF16).to(hopper), torch.randn(24, 52).to(BF16).to(hopper)  # rows of 104 bytes

@@ -107,6 +107,7 @@ struct Problem {
   std::vector<void*> owned;
   int64_t q_elements, k_elements;
   bf16 *grad_q, *grad_k, *grad_v;
+  float* query_sums;
 
   template <class T>
   T* own(int64_t count) {
@@ -139,7 +140,9 @@ struct Problem {
     float* const lse = own<float>(rows);
     over(rows, fill_lse_kernel, lse, rows, logf(static_cast<float>(c.Tk) / 2) + 0.5f, 6u);
     p.lse = {lse, DType::f32, packed ? 0 : c.Hq * c.Tq, c.Tq, 1};
-    p.workspace = own<float>(attention_backward_workspace(c.B, c.Hq, c.Tq, packed));
+    const int64_t statistics = attention_backward_workspace(c.B, c.Hq, c.Tq, packed);
+    p.workspace = own<float>(statistics + query_sums_floats(c.B, c.Hq, c.Tq, packed, c.D <= 64 ? 64 : 128));
+    query_sums = p.workspace + statistics;
     if (packed) {
       int64_t *const first_q = own<int64_t>(c.B + 1), *const first_k = own<int64_t>(c.B + 1);
       write(first_q, c.first_q), write(first_k, c.first_k);
@@ -179,16 +182,31 @@ const std::vector<Variant> kKeys = {keys_variant<KeysLayout<128, 64, 2>>("keys 6
                                     keys_variant<KeysLayout<128, 64, 3>>("keys 64 x 3"),
                                     keys_variant<KeysLayout<64, 128, 2>>("keys 128 x 2"),
                                     keys_variant<KeysLayout<64, 128, 3>>("keys 128 x 3"),
-                                    keys_variant<KeysLayout<64, 64, 4>>("keys 64 x 4")};
+                                    keys_variant<KeysLayout<64, 64, 4>>("keys 64 x 4"),
+                                    keys_variant<KeysLayout<64, 64, 4, false>>("keys 64 x 4 +")};  // +: does not drain
 const std::vector<Variant> kQueries = {queries_variant<QueriesLayout<128, 128, 2>>("queries 128 x 2"),
                                        queries_variant<QueriesLayout<128, 64, 3>>("queries 64 x 3"),
+                                       queries_variant<QueriesLayout<128, 64, 3, false>>("queries 64 x 3 +"),
                                        queries_variant<QueriesLayout<64, 128, 2>>("queries 128 x 2"),
                                        queries_variant<QueriesLayout<64, 128, 3>>("queries 128 x 3"),
-                                       queries_variant<QueriesLayout<64, 64, 4>>("queries 64 x 4")};
+                                       queries_variant<QueriesLayout<64, 128, 3, false>>("queries 128 x 3 +"),
+                                       queries_variant<QueriesLayout<64, 64, 4>>("queries 64 x 4"),
+                                       queries_variant<QueriesLayout<64, 64, 4, false>>("queries 64 x 4 +")};
 
-void run_statistics(const AttentionBackwardParams& p, int kD) {
-  if (kD == 64) launch_query_statistics<bf16, 8>(p, kStream);
-  else launch_query_statistics<bf16, 16>(p, kStream);
+template <class Layout>
+Variant joint_variant(const char* name) {
+  return {name, Layout::kD, launch_jointly<bf16, Layout, false>, launch_jointly<bf16, Layout, true>};
+}
+const std::vector<Variant> kJoint = {joint_variant<JointLayout<128, 64, 2, 0>>("joint 64 x 2"),
+                                     joint_variant<JointLayout<64, 128, 2, 0>>("joint 128 x 2")};
+
+void run_statistics(const AttentionBackwardParams& p, int kD, float* sums = nullptr) {
+  if (kD == 64) launch_query_statistics<bf16, 8>(p, kStream, sums);
+  else launch_query_statistics<bf16, 16>(p, kStream, sums);
+}
+void run_rounding(const AttentionBackwardParams& p, int kD) {
+  if (kD == 64) launch_rounding<bf16, 64>(p, kStream);
+  else launch_rounding<bf16, 128>(p, kStream);
 }
 int padded(int64_t D) { return D <= 64 ? 64 : 128; }
 void run_variant(const Variant& v, const AttentionBackwardParams& p) {
@@ -328,8 +346,8 @@ void compare(const Case& c, Problem& problem, int between) {
   bool right = true;
   for (const float share : worst) right &= share <= kTolerated;
   failures += !right;
-  std::printf("  %-8s largest error / largest element: grad_q %.4f grad_k %.4f grad_v %.4f\n", right ? "right" : "WRONG",
-              worst[0], worst[1], worst[2]);
+  std::printf("  %-8s largest error / largest element: grad_q %.4f grad_k %.4f grad_v %.4f\n",
+              right ? "right" : "WRONG", worst[0], worst[1], worst[2]);
   std::fflush(stdout);
 }
 
@@ -360,45 +378,61 @@ const std::vector<Case> kChecks = {
     {"softcap d64", 1, 1, 1, 200, 300, 64, kAny, 0, 2.0f, {}, {}},
     {"packed d128", 3, 2, 1, 330, 360, 128, kAny, 0, 0, {0, 5, 200, 330}, {0, 25, 230, 360}},
     {"packed d64", 3, 2, 1, 330, 360, 64, 70, 3, 0, {0, 5, 200, 330}, {0, 25, 230, 360}},
+    {"packed full d128", 3, 2, 1, 330, 360, 128, kAny, kAny, 0, {0, 5, 200, 330}, {0, 25, 230, 360}},
     {"many heads d128", 4, 16, 16, 1024, 1024, 128, kAny, 0, 0, {}, {}},
 };
+
+// Runs everything, compares with the plain loops, and, if the order of sums is fixed, repeats bitwise.
+template <class RunAll>
+void check(const Case& c, Problem& problem, const char* what, bool repeats, const RunAll& run_all) {
+  std::printf("check %s, %s\n", c.name, what);
+  std::fflush(stdout);
+  problem.spoil_results();
+  run_all();
+  finish();
+  compare(c, problem, 12);
+  if (!repeats) return;
+  const Results before(problem);
+  int different = 0;
+#ifdef __CUDACC__
+  const int times = 10;
+#else
+  const int times = 1;
+#endif
+  for (int i = 0; i < times; ++i) {
+    problem.spoil_results();
+    run_all();
+    finish();
+    different += !(Results(problem) == before);
+  }
+  if (different) std::printf("  DIFFERENT BITS in %d of %d repetitions\n", different, times), ++failures;
+}
 
 void check(const Case& c) {
 #ifndef __CUDACC__
   if (c.Tq > 600) return;
 #endif
   Problem problem(c);
+  const int kD = padded(c.D);
   for (const bool of_keys : {true, false})
     for (const Variant& v : of_keys ? kKeys : kQueries) {
-      if (v.kD != padded(c.D)) continue;
+      if (v.kD != kD) continue;
       const Variant* other = nullptr;
       for (const Variant& o : of_keys ? kQueries : kKeys)
-        if (!other && o.kD == v.kD) other = &o;
-      std::printf("check %s, %s\n", c.name, v.name);
-      std::fflush(stdout);
-      const auto run = [&] {
-        run_statistics(problem.p, v.kD);
+        if (!other && o.kD == kD) other = &o;
+      check(c, problem, v.name, true, [&] {
+        run_statistics(problem.p, kD);
         run_variant(v, problem.p);
         run_variant(*other, problem.p);
-        finish();
-      };
-      problem.spoil_results();
-      run();
-      compare(c, problem, 12);
-      const Results before(problem);
-      int different = 0;
-#ifdef __CUDACC__
-      const int repeats = 10;
-#else
-      const int repeats = 1;
-#endif
-      for (int i = 0; i < repeats; ++i) {
-        problem.spoil_results();
-        run();
-        different += !(Results(problem) == before);
-      }
-      if (different) std::printf("  DIFFERENT BITS in %d of %d repetitions\n", different, repeats), ++failures;
+      });
     }
+  for (const Variant& v : kJoint)
+    if (v.kD == kD)
+      check(c, problem, v.name, false, [&] {
+        run_statistics(problem.p, kD, problem.query_sums);
+        run_variant(v, problem.p);
+        run_rounding(problem.p, kD);
+      });
 }
 
 #ifdef __CUDACC__
@@ -471,6 +505,23 @@ void time(const Case& c) {
               product * 5 / total * 1e-9, product * 5 / (statistics + best[0] + best[1]) * 1e-9);
   std::fflush(stdout);
   compare(c, problem, 2);
+  for (const Variant& v : kJoint) {
+    if (v.kD != padded(c.D)) continue;
+    const double before = milliseconds([&] { run_statistics(problem.p, v.kD, problem.query_sums); });
+    std::printf("  %-16s ", v.name);
+    std::fflush(stdout);
+    const double alone = milliseconds([&] { run_variant(v, problem.p); });
+    const double after = milliseconds([&] { run_rounding(problem.p, v.kD); });
+    const double all = milliseconds([&] {
+      run_statistics(problem.p, v.kD, problem.query_sums);
+      run_variant(v, problem.p);
+      run_rounding(problem.p, v.kD);
+    });
+    std::printf("%8.3f ms %7.1f TFLOP/s; before %.3f, after %.3f, all %.3f ms %.1f TFLOP/s\n", alone,
+                product * 5 / alone * 1e-9, before, after, all, product * 5 / all * 1e-9);
+    std::fflush(stdout);
+    compare(c, problem, 2);
+  }
   const double portable = milliseconds([&] { attention_backward_sm80(problem.p, kStream); });
   std::printf("  %-16s %8.3f ms %7.1f TFLOP/s of 5 products\n", "sm_80's kernels", portable,
               product * 5 / portable * 1e-9);

@@ -1,5 +1,5 @@
-// The Hopper product (csrc/gemm/cuda/hopper_gemm.h) on its own: correctness, repeatability and speed of its tile variants,
-// beside cuBLAS in the same run.
+// The Hopper product (csrc/gemm/cuda/hopper_gemm.h) on its own: correctness, repeatability and speed of its tile
+// variants, beside cuBLAS in the same run.
 //
 //   nvcc -std=c++17 -O3 -DLLMFAST_TARGET=cuda -Icsrc -gencode=arch=compute_90a,code=sm_90a -o hopper_gemm
 //     benchmarks/native/hopper_gemm.cu csrc/core/cuda_device.cu
@@ -8,9 +8,9 @@
 //   ./hopper_gemm list             the names
 //
 // Random bf16 everywhere. Before timing, 4096 random elements are checked against float64 sums, all against cuBLAS's
-// result, and three runs against each other bit by bit. cuBLAS is loaded at run time, from LLMFAST_CUBLAS or wherever the
-// loader finds libcublas.so; without it the peer is left out. A plain C++ compiler builds the program on the emulated
-// machine, for `check`.
+// result, and three runs against each other bit by bit. cuBLAS is loaded at run time, from LLMFAST_CUBLAS or wherever
+// the loader finds libcublas.so; without it the peer is left out. A plain C++ compiler builds the program on the
+// emulated machine, for `check`.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>

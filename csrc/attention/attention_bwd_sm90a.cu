@@ -3,14 +3,18 @@
 //
 // As on sm_80 two kernels after a small one that computes each row's lse and delta: the keys' kernel sums grad_k and
 // grad_v (cuda/hopper_backward_keys.h), the queries' kernel grad_q (cuda/hopper_backward_queries.h). Each sum belongs
-// to one warpgroup and runs in the order of the tiles: no atomics, bitwise deterministic, at the price of seven products
-// instead of five.
+// to one warpgroup and runs in the order of the tiles: no atomics, bitwise deterministic, at the price of seven
+// products instead of five. cuda/hopper_backward_joint.h has those five in one kernel, whose sums' order varies; the
+// benchmark program runs it, nothing else does.
 #include "attention/attention_cuda.h"
+#include "attention/cuda/hopper_backward_joint.h"
 #include "attention/cuda/hopper_backward_keys.h"
 #include "attention/cuda/hopper_backward_queries.h"
 
 namespace llmfast::cuda {
 namespace {
+
+constexpr int64_t kMostGridRows = 65536;
 
 struct Maps {
   TensorMap k, v, q, grad_out;
@@ -22,28 +26,38 @@ struct Maps {
         grad_out(make_tensor_map(mapped(p.grad_out, mapped_sequences(p), p.Hq, p.Tq, p.Dv, query_rows))) {}
 };
 
+// Blocks: tiles of a sequence (packed: of all), heads, sequences.
+inline Grid grid_of(const AttentionBackwardParams& p, int64_t tokens, int64_t heads) {
+  const int64_t tiles = tile_count(p.first_q ? p.B : 1, tokens, p.first_q != nullptr, kOwnRows);
+  return {static_cast<unsigned>(tiles), static_cast<unsigned>(heads), static_cast<unsigned>(mapped_sequences(p))};
+}
+
 template <class T, class Layout, bool kCapped>
 void launch_keys(const AttentionBackwardParams& p, const Stream& stream) {
-  const bool packed = p.first_q != nullptr;
   const Maps maps(p, kOwnRows, Layout::kQueries);
-  const int64_t tiles = packed ? tile_count(p.B, p.Tk, true, kOwnRows) : ceil_div(p.Tk, kOwnRows);
-  const int64_t heads = packed ? p.Hkv : p.B * p.Hkv;
-  const int section = section_of(p.Tq * (p.Hq / p.Hkv), Layout::kD, heads);
-  launch(stream, {static_cast<unsigned>(tiles * heads)}, kHopperThreads, size_t{Layout::kBytes},
-         attention_grad_kv_kernel<T, Layout, kCapped>, p, maps.k, maps.v, maps.q, maps.grad_out,
-         static_cast<int>(tiles), section);
+  launch(stream, grid_of(p, p.Tk, p.Hkv), kHopperThreads, size_t{Layout::kBytes},
+         attention_grad_kv_kernel<T, Layout, kCapped>, p, maps.k, maps.v, maps.q, maps.grad_out);
 }
 
 template <class T, class Layout, bool kCapped>
 void launch_queries(const AttentionBackwardParams& p, const Stream& stream) {
-  const bool packed = p.first_q != nullptr;
   const Maps maps(p, Layout::kKeys, kOwnRows);
-  const int64_t tiles = packed ? tile_count(p.B, p.Tq, true, kOwnRows) : ceil_div(p.Tq, kOwnRows);
-  const int64_t heads = packed ? p.Hq : p.B * p.Hq;
-  const int section = section_of(p.Tk, Layout::kD, heads);
-  launch(stream, {static_cast<unsigned>(tiles * heads)}, kHopperThreads, size_t{Layout::kBytes},
-         attention_grad_q_kernel<T, Layout, kCapped>, p, maps.k, maps.v, maps.q, maps.grad_out,
-         static_cast<int>(tiles), section);
+  launch(stream, grid_of(p, p.Tq, p.Hq), kHopperThreads, size_t{Layout::kBytes},
+         attention_grad_q_kernel<T, Layout, kCapped>, p, maps.k, maps.v, maps.q, maps.grad_out);
+}
+
+// The statistics' kernel before it zeroes the sums.
+template <class T, class Layout, bool kCapped>
+void launch_jointly(const AttentionBackwardParams& p, const Stream& stream) {
+  const Maps maps(p, kOwnRows, Layout::kQueries);
+  launch(stream, grid_of(p, p.Tk, p.Hkv), kHopperThreads, size_t{Layout::kBytes},
+         attention_grad_joint_kernel<T, Layout, kCapped>, p, maps.k, maps.v, maps.q, maps.grad_out);
+}
+template <class T, int kD>
+void launch_rounding(const AttentionBackwardParams& p, const Stream& stream) {
+  const int64_t parts = 2 * slots_of_head(p.B, p.Tq, p.first_q != nullptr) * (kSlotRows * kD / 8192);
+  launch(stream, {static_cast<unsigned>(parts), static_cast<unsigned>(p.Hq)}, kWarpgroup,
+         SlabTile<64, 64>::kBytes + kSharedAlignment, round_query_sums_kernel<T, kD>, p);
 }
 
 template <class T, int kD, bool kCapped>
@@ -69,7 +83,7 @@ void backward(const AttentionBackwardParams& p, const Stream& stream) {
 
 bool supports_attention_backward_sm90a(const AttentionBackwardParams& p) {
   if (p.mask.data || p.D > 128 || p.Dv > 128 || p.D % kChunk != 0 || p.Dv % kChunk != 0) return false;
-  if (p.Tq == 0 || p.Tk == 0) return false;
+  if (p.Tq == 0 || p.Tk == 0 || p.B >= kMostGridRows || p.Hq >= kMostGridRows) return false;
   const int64_t sequences = mapped_sequences(p);
   const auto maps = [&](const HeadTensor& t, int64_t heads, int64_t tokens, int64_t D) {
     return can_map(mapped(t, sequences, heads, tokens, D, 64));

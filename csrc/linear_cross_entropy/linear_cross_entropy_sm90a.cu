@@ -1,4 +1,5 @@
-// linear_cross_entropy on Hopper's product (gemm/cuda/hopper_gemm.h): 16-bit matrices with contiguous, 16-byte aligned rows.
+// linear_cross_entropy on Hopper's product (gemm/cuda/hopper_gemm.h): 16-bit matrices with contiguous, 16-byte aligned
+// rows.
 #include "gemm/cuda/hopper_gemm.h"
 #include "linear_cross_entropy/cuda/hopper_epilogues.h"
 

@@ -1,5 +1,8 @@
 // What the Hopper backward kernels share: shared-memory tiles as the copy engine writes them, the products that read
-// them, two numbers a query row in slots of whole tiles, the order of blocks, and the way of a finished tile to memory.
+// them, two numbers a query row in slots of whole tiles, and the way of a finished tile to memory.
+//
+// Blocks run in the order of their index, all tiles of a head one after another, the longest first: the few heads that
+// are under way together share the L2 cache.
 //
 // Roles of a block: warpgroups 0 and 1 compute, each with 64 rows of the block's own 128. Of warpgroup 2 one thread
 // asks for copies, and warps 1 to 3 inspect tiles whose hidden rows might hold NaN or infinity, where there can be any.
@@ -19,7 +22,7 @@ namespace llmfast::cuda {
 
 constexpr int kWarpgroup = 128, kConsumers = 2, kHopperThreads = (kConsumers + 1) * kWarpgroup;
 constexpr int kOwnRows = 64 * kConsumers;                          // that a block owns
-constexpr int kConsumerWarps = kConsumers * 4, kInspectors = 3;    // warps that arrive at barriers
+constexpr int kConsumerWarps = kConsumers * 4;                 // that arrive at barriers
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;   // 128 * (40 + 2 * 232) <= 65,536
 constexpr int kSharedAlignment = 1024;                             // of swizzled tiles; asked for on top
 
@@ -147,26 +150,28 @@ __device__ inline const QueryStatistics* slots_of(const AttentionParams& p, int6
   return reinterpret_cast<const QueryStatistics*>(p.workspace) + (head * slots + first) * kSlotRows;
 }
 
+// The sequence of one of a head's slots, and its first token there.
+__device__ inline TokenTile slot_place(const AttentionParams& p, int64_t slot) {
+  if (p.first_q) return token_tile(slot, p.B, p.Tq, p.first_q, kSlotRows);
+  const int64_t slots = (p.Tq + kSlotRows - 1) / kSlotRows;
+  return {slot / slots, static_cast<int>(slot % slots) * kSlotRows};
+}
+
 constexpr int kSlotThreads = 256;
 
-// kLanes lanes a row, eight elements each: Dv <= 8 kLanes.
+// kLanes lanes a row, eight elements each: Dv <= 8 kLanes. `sums`: 8 kLanes floats a row, to be zeroed, or null.
 template <class T, int kLanes>
-__global__ void __launch_bounds__(kSlotThreads) query_statistics_kernel(const AttentionBackwardParams p) {
-  const bool packed = p.first_q != nullptr;
-  const int64_t slots = slots_of_head(p.B, p.Tq, packed), rows = slots * kSlotRows;
+__global__ void __launch_bounds__(kSlotThreads) query_statistics_kernel(const AttentionBackwardParams p, float* sums) {
+  const int64_t slots = slots_of_head(p.B, p.Tq, p.first_q != nullptr), rows = slots * kSlotRows;
   const int64_t index = (blockIdx.x * int64_t{kSlotThreads} + thread()) / kLanes;  // whole blocks: rows % 128 == 0
   const int64_t head = index / rows, slot = index % rows / kSlotRows;
-  Sequence sequence;
-  int token = static_cast<int>(index % kSlotRows);
-  if (packed) {
-    const TokenTile place = token_tile(slot, p.B, p.Tq, p.first_q, kSlotRows);
-    sequence = sequence_of(p, place.sequence);
-    token += place.first;
-  } else {
-    const int64_t slots_of_sequence = slots / p.B;
-    sequence = sequence_of(p, slot / slots_of_sequence);
-    token += static_cast<int>(slot % slots_of_sequence) * kSlotRows;
-  }
+  const TokenTile place = slot_place(p, slot);
+  const Sequence sequence = sequence_of(p, place.sequence);
+  const int token = place.first + static_cast<int>(index % kSlotRows);
+  if (sums)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      store_streaming(sums + index * (8 * kLanes) + (half * kLanes + threadIdx.x % kLanes) * 4, Bytes16{{0, 0, 0, 0}});
   const bool exists = token < sequence.Tq;
   float delta = 0.0f;
   if (exists) {
@@ -187,31 +192,10 @@ __global__ void __launch_bounds__(kSlotThreads) query_statistics_kernel(const At
 }
 
 template <class T, int kLanes>
-void launch_query_statistics(const AttentionBackwardParams& p, const Stream& stream) {
+void launch_query_statistics(const AttentionBackwardParams& p, const Stream& stream, float* sums = nullptr) {
   const int64_t rows = slots_of_head(p.B, p.Tq, p.first_q != nullptr) * kSlotRows * p.Hq;
   launch(stream, {static_cast<unsigned>(rows * kLanes / kSlotThreads)}, kSlotThreads, 0,
-         query_statistics_kernel<T, kLanes>, p);
-}
-
-// ---- the order of blocks --------------------------------------------------------------------------------------------
-
-// Blocks run in the order of their index. A section of heads, whose streamed tensors fit the L2 cache together, after
-// another; in a section the first tiles of all heads, then the second ones.
-struct BlockPlace {
-  int tile, head;
-};
-__host__ __device__ inline BlockPlace block_place(int index, int tiles, int heads, int section) {
-  const int first = index / (tiles * section) * section;
-  const int inside = index - first * tiles, width = heads - first < section ? heads - first : section;
-  return {inside / width, first + inside % width};
-}
-
-constexpr int64_t kSectionBytes = int64_t{24} << 20;
-
-// Heads of a section, each streaming `tokens` rows of two tensors.
-inline int section_of(int64_t tokens, int64_t D, int64_t heads) {
-  const int64_t fit = kSectionBytes / (tokens * D * 4 + 1);
-  return static_cast<int>(fit < 1 ? 1 : fit > heads ? heads : fit);
+         query_statistics_kernel<T, kLanes>, p, sums);
 }
 
 }  // namespace llmfast::cuda

@@ -13,8 +13,12 @@
 
 namespace llmfast::cuda {
 
-template <int kD_, int kQueries_, int kStages_>
+// kDrains: a step ends when its sums are done. Otherwise they go on while the next step's scores begin, which takes
+// registers that a kD of 128 or tiles of 128 do not leave.
+template <int kD_, int kQueries_, int kStages_, bool kDrains_ = true>
 struct KeysLayout {
+  static constexpr bool kDrains = kDrains_;
+  static constexpr int kInspectors = 3;
   static constexpr int kD = kD_, kQueries = kQueries_, kStages = kStages_;
   using Own = SlabTile<kOwnRows, kD>;
   using Other = SlabTile<kQueries, kD>;
@@ -54,27 +58,26 @@ struct KeysWork {
   int kv_head, group;
   int first;                 // key
   int first_tile, end_tile;  // of queries
-  Span full;                 // queries that see all the block's keys
+  Span full;                 // queries that see all the block's rows of keys
   bool inspects;             // some tile may hold rows that pass no gradient: of another sequence, or that see no key
 
   template <class Layout>
-  __device__ static KeysWork of(const AttentionParams& p, int tiles, int section, Layout) {
+  __device__ static KeysWork of(const AttentionParams& p, Layout) {
     constexpr int kQueries = Layout::kQueries;
     KeysWork w;
-    const int Hkv = static_cast<int>(p.Hkv), B = static_cast<int>(p.B);
-    const BlockPlace place = block_place(static_cast<int>(blockIdx.x), tiles, p.first_k ? Hkv : B * Hkv, section);
-    w.kv_head = place.head % Hkv, w.group = static_cast<int>(p.Hq) / Hkv;
+    w.kv_head = static_cast<int>(blockIdx.y), w.group = static_cast<int>(p.Hq) / static_cast<int>(p.Hkv);
     if (p.first_k) {
-      const TokenTile tile = token_tile(place.tile, p.B, p.Tk, p.first_k, kOwnRows);
+      const TokenTile tile = token_tile(blockIdx.x, p.B, p.Tk, p.first_k, kOwnRows);
       w.sequence = sequence_of(p, tile.sequence), w.first = tile.first;
-    } else {
-      w.sequence = sequence_of(p, place.head / Hkv), w.first = place.tile * kOwnRows;
+    } else {  // under a causal mask the first is the longest
+      w.sequence = sequence_of(p, blockIdx.z), w.first = static_cast<int>(blockIdx.x) * kOwnRows;
     }
     const int Tq = w.sequence.Tq, Tk = w.sequence.Tk, end = w.first + kOwnRows < Tk ? w.first + kOwnRows : Tk;
     w.first_tile = w.end_tile = 0, w.full = {0, 0}, w.inspects = false;
     if (w.nothing()) return w;
     const Span seen = w.band(p).seen_by_any(w.first, end);
-    w.full = w.band(p).seen_by_all(w.first, end);
+    const bool others = p.first_k && w.first + kOwnRows > Tk;  // rows of the next sequence, that nothing sees
+    if (!others) w.full = w.band(p).seen_by_all(w.first, end);
     if (seen.empty()) return w;
     w.first_tile = seen.begin / kQueries, w.end_tile = (seen.end + kQueries - 1) / kQueries;
     const int last = w.end_tile * kQueries < Tq ? w.end_tile * kQueries - 1 : Tq - 1;
@@ -128,7 +131,7 @@ __device__ void inspect_queries(const KeysWork& w, Layout shared, const char* by
     const auto* const statistics =
         reinterpret_cast<const QueryStatistics*>(bytes + (shared.statistics(stage) - shared.base));
 #pragma unroll 1
-    for (int row = inspector; row < Layout::kQueries; row += kInspectors)
+    for (int row = inspector; row < Layout::kQueries; row += Layout::kInspectors)
       if (statistics[row].lse == infinity() && lane() < 2 * kRowChunks) {
         const auto tile = lane() < kRowChunks ? shared.queries(stage) : shared.grad_out(stage);
         store_shared(tile.chunk(row, lane() % kRowChunks), Bytes16{{0, 0, 0, 0}});
@@ -140,12 +143,14 @@ __device__ void inspect_queries(const KeysWork& w, Layout shared, const char* by
 }
 
 // Scores to weights, and weights and products to gradients of scores; columns are queries, and with kHides those
-// outside a row's range get zeros. `kept`: the weights, or with kCapped tanh(score / cap). Registers of products are only read:
-// ptxas serialises products whose accumulators other instructions write while some are under way.
+// outside a row's range get zeros. `factor`: of a row's products. `kept`: the weights, or with kCapped
+// tanh(score / cap). Registers of products are only read: ptxas serialises products whose accumulators other instructions
+// write while some are under way.
 template <class Layout, bool kCapped, bool kHides>
 __device__ __forceinline__ void weights_of_scores(const float (&scores)[Layout::kQueries / 2],
                                                   float (&kept)[Layout::kQueries / 2], uint32_t statistics,
-                                                  const ScoreScale& scale, const Span (&visible)[2]) {
+                                                  const float (&factor)[2], const ScoreScale& scale,
+                                                  const Span (&visible)[2]) {
 #pragma unroll
   for (int j = 0; j < Layout::kQueries / 8; ++j) {
     const Bytes16 pair = load_shared(statistics + j * 64);
@@ -154,9 +159,9 @@ __device__ __forceinline__ void weights_of_scores(const float (&scores)[Layout::
       const float lse = __uint_as_float(pair.word[i % 2 * 2]);
       float& result = kept[4 * j + i];
       if (kCapped) {
-        result = tanh_of(scores[4 * j + i] * scale.product);
+        result = tanh_of(scores[4 * j + i] * factor[i / 2]);
       } else {
-        result = exp2_approx(fmaf(scores[4 * j + i], scale.product, -lse));
+        result = exp2_approx(fmaf(scores[4 * j + i], factor[i / 2], -lse));
         if (kHides && !visible[i / 2].has(8 * j + i % 2)) result = 0.0f;
       }
     }
@@ -205,6 +210,7 @@ __device__ __forceinline__ void consume_queries(const AttentionBackwardParams& p
 #pragma unroll
   for (int half = 0; half < 2; ++half) mine[half] = w.band(p).keys_of(w.first + my_row + lane() / 4 + 8 * half);
 
+  const float factor[2] = {scale.product, scale.product};
   float grad_k[kD / 2], grad_v[kD / 2];
   RingPlace<Layout::kStages> place;
   int previous = -1;  // stage of the step before
@@ -219,21 +225,22 @@ __device__ __forceinline__ void consume_queries(const AttentionBackwardParams& p
                              {mine[1].begin - first - my_column, mine[1].end - first - my_column}};
     float scores[kQueries / 2], products[kQueries / 2], kept[kQueries / 2];
     uint32_t weights[kQueries / 16][4], gradients[kQueries / 16][4];
+    mbarrier_wait(shared.full(stage), place.parity);
     mbarrier_wait(ready + 8 * stage, place.parity);
     warpgroup_fence();
     start_dots<T>(scores, shared.keys(), first_row, queries);
     warpgroup_commit();
     warpgroup_wait<1>();  // the sums of the step before: only now there are registers for the products
-    if (lane() == 0 && previous >= 0) mbarrier_arrive(shared.empty(previous));
+    if (!Layout::kDrains && lane() == 0 && previous >= 0) mbarrier_arrive(shared.empty(previous));
     start_dots<T>(products, shared.values(), first_row, grad_out);
     warpgroup_commit();
     warpgroup_wait<1>();  // scores
     if (first < full.begin || first + kQueries > full.end) {
-      weights_of_scores<Layout, kCapped, true>(scores, kept, statistics, scale, visible);
+      weights_of_scores<Layout, kCapped, true>(scores, kept, statistics, factor, scale, visible);
       warpgroup_wait<0>();
       gradients_of_scores<T, Layout, kCapped, true>(kept, products, statistics, scale, visible, weights, gradients);
     } else {
-      weights_of_scores<Layout, kCapped, false>(scores, kept, statistics, scale, visible);
+      weights_of_scores<Layout, kCapped, false>(scores, kept, statistics, factor, scale, visible);
       warpgroup_wait<0>();
       gradients_of_scores<T, Layout, kCapped, false>(kept, products, statistics, scale, visible, weights,
                                                      gradients);
@@ -242,7 +249,10 @@ __device__ __forceinline__ void consume_queries(const AttentionBackwardParams& p
     start_weighted_sum<T>(grad_v, weights, grad_out, step > 0);
     start_weighted_sum<T>(grad_k, gradients, queries, step > 0);
     warpgroup_commit();
-    warpgroup_wait<0>();
+    if (Layout::kDrains) {
+      warpgroup_wait<0>();
+      if (lane() == 0) mbarrier_arrive(shared.empty(stage));
+    }
     previous = stage;
     place.advance();
     if (++tile == end_tile) tile = first_tile;
@@ -255,8 +265,8 @@ __device__ __forceinline__ void consume_queries(const AttentionBackwardParams& p
 
   const int rows = w.sequence.Tk - w.first - my_row;
   const int64_t sequence = w.sequence.index, token = w.sequence.first_k + w.first + my_row;
-  const float one[2] = {1.0f, 1.0f}, factor[2] = {p.scale, p.scale};
-  store_tile_rows<T>(shared.keys(), my_row, grad_k, factor, row_of<T>(p.grad_k, sequence, w.kv_head, token),
+  const float one[2] = {1.0f, 1.0f}, scales[2] = {p.scale, p.scale};
+  store_tile_rows<T>(shared.keys(), my_row, grad_k, scales, row_of<T>(p.grad_k, sequence, w.kv_head, token),
                      p.grad_k.token_stride, rows, static_cast<int>(p.D));
   store_tile_rows<T>(shared.values(), my_row, grad_v, one, row_of<T>(p.grad_v, sequence, w.kv_head, token),
                      p.grad_v.token_stride, rows, static_cast<int>(p.Dv));
@@ -266,14 +276,14 @@ template <class T, class Layout, bool kCapped>
 __global__ void __launch_bounds__(kHopperThreads, 1)
     attention_grad_kv_kernel(const AttentionBackwardParams p, const __grid_constant__ TensorMap k_map,
                              const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap q_map,
-                             const __grid_constant__ TensorMap grad_out_map, const int tiles, const int section) {
+                             const __grid_constant__ TensorMap grad_out_map) {
   char* const bytes = dynamic_shared<char>();
   const uint32_t skip = -shared_address(bytes) % kSharedAlignment;
   const Layout shared{shared_address(bytes) + skip};
   KeysWork& work = *reinterpret_cast<KeysWork*>(bytes + skip + Layout::kWorkAt);
   static_assert(sizeof(KeysWork) <= Layout::kWorkBytes);
   if (thread() == 0) {
-    work = KeysWork::of(p, tiles, section, shared);
+    work = KeysWork::of(p, shared);
     shared.initialise_barriers();
   }
   __syncthreads();

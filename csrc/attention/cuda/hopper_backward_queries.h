@@ -13,8 +13,10 @@
 
 namespace llmfast::cuda {
 
-template <int kD_, int kKeys_, int kStages_>
+template <int kD_, int kKeys_, int kStages_, bool kDrains_ = true>
 struct QueriesLayout {
+  static constexpr bool kDrains = kDrains_;  // as in KeysLayout
+  static constexpr int kInspectors = 3;
   static constexpr int kD = kD_, kKeys = kKeys_, kStages = kStages_;
   using Own = SlabTile<kOwnRows, kD>;
   using Other = SlabTile<kKeys, kD>;
@@ -57,18 +59,16 @@ struct QueriesWork {
   bool inspects;             // some tile hides something
 
   template <class Layout>
-  __device__ static QueriesWork of(const AttentionParams& p, int tiles, int section, Layout) {
+  __device__ static QueriesWork of(const AttentionParams& p, Layout) {
     constexpr int kKeys = Layout::kKeys;
     QueriesWork w;
-    const int Hq = static_cast<int>(p.Hq), B = static_cast<int>(p.B);
-    const BlockPlace place = block_place(static_cast<int>(blockIdx.x), tiles, p.first_q ? Hq : B * Hq, section);
-    const int tile = tiles - 1 - place.tile;  // under a causal mask the last is the longest
-    w.head = place.head % Hq, w.kv_head = w.head / (Hq / static_cast<int>(p.Hkv));
+    const int tile = static_cast<int>(gridDim.x - 1 - blockIdx.x);  // under a causal mask the last is the longest
+    w.head = static_cast<int>(blockIdx.y), w.kv_head = w.head / static_cast<int>(p.Hq / p.Hkv);
     if (p.first_q) {
       const TokenTile token = token_tile(tile, p.B, p.Tq, p.first_q, kOwnRows);
       w.sequence = sequence_of(p, token.sequence), w.first = token.first;
     } else {
-      w.sequence = sequence_of(p, place.head / Hq), w.first = tile * kOwnRows;
+      w.sequence = sequence_of(p, blockIdx.z), w.first = tile * kOwnRows;
     }
     w.first_tile = w.end_tile = 0, w.full = {0, 0}, w.inspects = false;
     if (w.nothing()) return w;
@@ -117,7 +117,7 @@ __device__ void inspect_keys(const QueriesWork& w, Layout shared, int inspector)
     mbarrier_wait(shared.full(stage), place.parity);
     if (!w.full.contains({first, first + Layout::kKeys})) {
 #pragma unroll 2
-      for (int i = inspector * kRowsAStep; i < Layout::kKeys; i += kInspectors * kRowsAStep) {
+      for (int i = inspector * kRowsAStep; i < Layout::kKeys; i += Layout::kInspectors * kRowsAStep) {
         const int row = i + my_row;
         const uint32_t at = shared.keys(stage).chunk(row, my_chunk);
         const uint32_t bad = __ballot_sync(kAllLanes, not_finite<T>(load_shared(at)));
@@ -209,17 +209,19 @@ __device__ __forceinline__ void consume_keys(const AttentionBackwardParams& p, c
                              {mine[1].begin - first - my_column, mine[1].end - first - my_column}};
     float scores[kKeys / 2], products[kKeys / 2], kept[kKeys / 2];
     uint32_t gradients[kKeys / 16][4];
+    mbarrier_wait(shared.full(stage), place.parity);
     mbarrier_wait(ready + 8 * stage, place.parity);
     warpgroup_fence();
     start_dots<T>(scores, shared.queries(), first_row, keys);
     warpgroup_commit();
     warpgroup_wait<1>();  // the sums of the step before
-    if (lane() == 0 && previous >= 0) mbarrier_arrive(shared.empty(previous));
+    if (!Layout::kDrains && lane() == 0 && previous >= 0) mbarrier_arrive(shared.empty(previous));
     start_dots<T>(products, shared.grad_out(), first_row, values);
     warpgroup_commit();
     warpgroup_wait<1>();  // scores
     if (first < full.begin || first + kKeys > full.end) {
-      const auto* const poison = reinterpret_cast<const float*>(bytes + (shared.poison(stage) - shared.base)) + my_column;
+      const auto* const poison =
+          reinterpret_cast<const float*>(bytes + (shared.poison(stage) - shared.base)) + my_column;
       weights_of_rows<Layout, kCapped, true>(scores, kept, lse, scale, visible, poison);
       warpgroup_wait<0>();
       gradients_of_rows<T, Layout, kCapped, true>(kept, products, lse, delta, scale, visible, gradients);
@@ -231,7 +233,10 @@ __device__ __forceinline__ void consume_keys(const AttentionBackwardParams& p, c
     warpgroup_fence();
     start_weighted_sum<T>(grad_q, gradients, keys, tile > first_tile);
     warpgroup_commit();
-    warpgroup_wait<0>();
+    if (Layout::kDrains) {
+      warpgroup_wait<0>();
+      if (lane() == 0) mbarrier_arrive(shared.empty(stage));
+    }
     previous = stage;
     place.advance();
   }
@@ -254,14 +259,14 @@ template <class T, class Layout, bool kCapped>
 __global__ void __launch_bounds__(kHopperThreads, 1)
     attention_grad_q_kernel(const AttentionBackwardParams p, const __grid_constant__ TensorMap k_map,
                             const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap q_map,
-                            const __grid_constant__ TensorMap grad_out_map, const int tiles, const int section) {
+                            const __grid_constant__ TensorMap grad_out_map) {
   char* const bytes = dynamic_shared<char>();
   const uint32_t skip = -shared_address(bytes) % kSharedAlignment;
   const Layout shared{shared_address(bytes) + skip};
   QueriesWork& work = *reinterpret_cast<QueriesWork*>(bytes + skip + Layout::kWorkAt);
   static_assert(sizeof(QueriesWork) <= Layout::kWorkBytes);
   if (thread() == 0) {
-    work = QueriesWork::of(p, tiles, section, shared);
+    work = QueriesWork::of(p, shared);
     shared.initialise_barriers();
   }
   __syncthreads();

@@ -14,8 +14,8 @@ namespace llmfast::cuda {
 constexpr int kWarpgroup = 128, kGroupRows = 64;  // threads of a warpgroup; queries that one owns
 constexpr int kPanel = 64;                        // elements in a 128-byte row of a box
 
-// How the consumers order products and softmax (see hopper_forward_loop.h).
-enum class Loop { simple, deferred };
+// How a consumer orders products and softmax (hopper_forward_consumer.h).
+enum class Loop { simple, overlapped };
 
 // kConsumers warpgroups of 64 queries against kKeys keys a step, heads padded to kD. kOutApart: the output has shared
 // memory of its own, so that the next tile's Q can come while this tile's output goes.
@@ -35,12 +35,15 @@ struct HopperForwardTile {
   static constexpr int kOutAt = kOutApart ? kQueryBytes : 0;
   static constexpr int kKeysAt = kOutAt + kQueryBytes, kValuesAt = kKeysAt + kKeyStages * kKeyBytes;
   static constexpr int kBadAt = kValuesAt + kValueStages * kKeyBytes;  // which values hold NaN or infinity
-  static constexpr int kBarriersAt = kBadAt + kValueStages * kWords * 4;
+  static constexpr int kWorkAt = kBadAt + kValueStages * kWords * 4;  // two HopperWork
+  static constexpr int kScratchAt = kWorkAt + 2 * 64;                 // nobody reads it
+  static constexpr int kBarriersAt = kScratchAt + 4 * kWarpSize;
   static constexpr int kQueriesFull = kBarriersAt, kQueriesEmpty = kQueriesFull + 8;
   static constexpr int kKeysFull = kQueriesEmpty + 8, kKeysEmpty = kKeysFull + 8 * kKeyStages;
   static constexpr int kValuesFull = kKeysEmpty + 8 * kKeyStages, kValuesEmpty = kValuesFull + 8 * kValueStages;
   static constexpr int kValuesSearched = kValuesEmpty + 8 * kValueStages;
-  static constexpr int kBytes = 1024 + kValuesSearched + 8 * kValueStages;  // the base is rounded up to 1024
+  static constexpr int kWorkFull = kValuesSearched + 8 * kValueStages, kWorkEmpty = kWorkFull + 16;
+  static constexpr int kBytes = 1024 + kWorkEmpty + 16;  // the base is rounded up to 1024
 
   static_assert(kD % kPanel == 0 && kD <= 256 && kKeys % 16 == 0 && kKeys <= 256 && kRows <= 256);
   static_assert(kKeyPanel % 1024 == 0, "a period of the swizzle");
@@ -51,56 +54,116 @@ struct HopperForwardTile {
 // size 1 in its map; the coordinate is multiplied by 0.
 struct HopperForwardParams : AttentionParams {
   int64_t query_tiles;  // of all sequences, for one head
+  int* tickets;         // work is handed out by this counter, 0 at the start; null: in a fixed order
   struct Steps {
     int sequence, head;
   } q_steps, k_steps, v_steps;
 };
 
-constexpr int kSearchers = 3;  // warps of the producer's warpgroup that look for NaN
+// Warps of the producer's warpgroup: one copies, one finds work, the others look for NaN.
+constexpr int kSearchers = 2;
 
-// One tile of queries of one head. Work is numbered so that neighbours share keys: heads of a group first, then tiles,
-// the longest first, then kv heads.
-struct HopperWork {
-  int64_t sequence, head, kv_head;
-  Sequence tokens;
-  int first_row, end_row;  // queries of the sequence
-  Span by_all;
-  int first_tile, end_tile;  // of keys
+// One tile of queries of one head, as one warp posts it to the others in shared memory.
+// Tiles of keys are taken from the last to the first; those in [full_first, full_end) hide nothing from anybody.
+struct alignas(16) HopperWork {
+  int first_tile, end_tile;         // end_tile -1: no more work
+  int full_first, full_end;
+  int first_row, end_row;           // queries of the sequence
+  int first_key, end_key;           // row first_row + r sees the keys [first_key + r, end_key + r) of 0 .. Tk
+  int first_q, first_k;             // tokens before the sequence
+  int Tk;
+  int sequence, head, kv_head;
+  int unused[2];
 
-  __device__ HopperWork(const HopperForwardParams& p, int64_t index, int rows, int keys) {
-    const int group = static_cast<int>(p.Hq / p.Hkv), tiles = static_cast<int>(p.query_tiles);
-    const int rest = static_cast<int>(index) / group;
-    kv_head = rest / tiles;
-    head = kv_head * group + static_cast<int>(index) % group;
-    const TokenTile place = token_tile(rest % tiles, p.B, p.Tq, p.first_q, rows);
-    sequence = place.sequence;
-    tokens = sequence_of(p, sequence);
-    first_row = place.first;
-    end_row = first_row + rows < tokens.Tq ? first_row + rows : tokens.Tq;
-    if (!exists()) return;
-    const Band band{tokens.Tq, tokens.Tk, p.left, p.right};
-    const Span seen = band.seen_by_any(first_row, end_row);
-    by_all = band.seen_by_all(first_row, end_row);
-    first_tile = seen.begin / keys;
-    end_tile = seen.empty() ? first_tile : (seen.end + keys - 1) / keys;
-  }
-  __device__ bool exists() const { return first_row < tokens.Tq; }
   __device__ bool empty() const { return first_tile >= end_tile; }
-  // Whether some query of the tile does not see some key of tile `tile`.
-  __device__ bool hides(int tile, int keys) const { return !by_all.contains({tile * keys, tile * keys + keys}); }
-};
-
-// This block's share of `count` pieces of work, whatever the grid: there and back over the blocks, so that no block gets
-// the longer of each round. body(index).
-template <class Body>
-__device__ __forceinline__ void for_each_work(int64_t count, const Body& body) {
-  const int64_t blocks = gridDim.x, block = blockIdx.x;
-  bool back = false;
-  for (int64_t first = 0; first < count; first += blocks, back = !back) {
-    const int64_t index = first + (back ? blocks - 1 - block : block);
-    if (index < count) body(index);
+  __device__ bool hides(int tile) const { return tile < full_first || tile >= full_end; }
+  __device__ Span keys_of(int row) const {  // row of the tile
+    return {clamped(int64_t{first_key} + row, Tk), clamped(int64_t{end_key} + row, Tk)};
   }
+};
+static_assert(sizeof(HopperWork) == 64);
+
+__device__ __forceinline__ int clamped(int64_t value, int least, int most) {
+  return value < least ? least : value > most ? most : static_cast<int>(value);
 }
+
+// Work is numbered so that neighbours share keys: heads of a group first, then tiles, the longest first, then kv heads.
+// False where the tile of a packed sequence does not exist.
+template <class Tile>
+__device__ __forceinline__ bool find_work(const HopperForwardParams& p, int index, HopperWork& work) {
+  const int group = static_cast<int>(p.Hq) / static_cast<int>(p.Hkv), tiles = static_cast<int>(p.query_tiles);
+  const int rest = index / group, at = rest % tiles, tokens = static_cast<int>(p.Tq);
+  work.kv_head = rest / tiles;
+  work.head = work.kv_head * group + index % group;
+  // As token_tile() says, in 32 bits.
+  if (p.first_q) {
+    int low = 0;
+    for (int high = static_cast<int>(p.B); high - low > 1;) {
+      const int middle = (low + high) / 2;
+      if (clamped(p.first_q[middle], tokens) / Tile::kRows + middle <= at) low = middle;
+      else high = middle;
+    }
+    work.sequence = low;
+    work.first_row = (at - low - clamped(p.first_q[low], tokens) / Tile::kRows) * Tile::kRows;
+  } else {
+    const int of_sequence = (tokens + Tile::kRows - 1) / Tile::kRows;
+    work.sequence = at / of_sequence;
+    work.first_row = (of_sequence - 1 - at % of_sequence) * Tile::kRows;
+  }
+  const Sequence s = sequence_of(p, work.sequence);
+  if (work.first_row >= s.Tq) return false;
+  work.first_q = static_cast<int>(s.first_q);
+  work.first_k = static_cast<int>(s.first_k);
+  work.Tk = s.Tk;
+  work.end_row = s.Tq - work.first_row < Tile::kRows ? s.Tq : work.first_row + Tile::kRows;
+  const int64_t diagonal = int64_t{work.first_row} + s.Tk - s.Tq;
+  work.first_key = clamped(diagonal - p.left, -Tile::kRows, s.Tk);
+  work.end_key = clamped(diagonal + p.right + 1, -Tile::kRows, s.Tk);
+  const int last = work.end_row - work.first_row - 1;
+  const Span top = work.keys_of(0), bottom = work.keys_of(last);
+  work.first_tile = top.begin / Tile::kKeys;
+  work.end_tile = top.begin < bottom.end ? (bottom.end + Tile::kKeys - 1) / Tile::kKeys : work.first_tile;
+  work.full_first = (bottom.begin + Tile::kKeys - 1) / Tile::kKeys;
+  work.full_end = top.end / Tile::kKeys;
+  if (work.full_first >= work.full_end) work.full_first = work.full_end = work.first_tile;
+  return true;
+}
+
+__device__ __forceinline__ void post(uint32_t slot, const HopperWork& work) {
+  const int word[16] = {work.first_tile, work.end_tile, work.full_first, work.full_end, work.first_row, work.end_row,
+                        work.first_key,  work.end_key,  work.first_q,    work.first_k,  work.Tk,        work.sequence,
+                        work.head,       work.kv_head,  0,               0};
+#pragma unroll
+  for (int i = 0; i < 16; i += 4)
+    store_shared(slot + 4 * i, Bytes16{{static_cast<uint32_t>(word[i]), static_cast<uint32_t>(word[i + 1]),
+                                        static_cast<uint32_t>(word[i + 2]), static_cast<uint32_t>(word[i + 3])}});
+}
+// Read again wherever it is needed: registers are scarce.
+__device__ __forceinline__ HopperWork posted(uint32_t slot) {
+  const Bytes16 a = load_shared(slot), b = load_shared(slot + 16), c = load_shared(slot + 32), d = load_shared(slot + 48);
+  const auto at = [](const Bytes16& bytes, int i) { return static_cast<int>(bytes.word[i]); };
+  return {at(a, 0), at(a, 1), at(a, 2), at(a, 3), at(b, 0), at(b, 1), at(b, 2), at(b, 3),
+          at(c, 0), at(c, 1), at(c, 2), at(c, 3), at(d, 0), at(d, 1), {0, 0}};
+}
+
+// A block's share of `count` pieces of work: by the counter, or there and back over the blocks, so that no block gets
+// the longer of each round.
+struct WorkOrder {
+  int count, next_first = 0;
+  bool back = false;
+
+  __device__ int next(const HopperForwardParams& p) {  // count or more: no more
+    if (p.tickets) return atomicAdd(p.tickets, 1);
+    const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
+    while (next_first < count) {
+      const int index = next_first + (back ? blocks - 1 - block : block);
+      next_first += blocks;
+      back = !back;
+      if (index < count) return index;
+    }
+    return count;
+  }
+};
 
 // ---- softmax on accumulators -----------------------------------------------------------------------------------------
 // Element i of a thread's scores is in its row i / 2 % 2 (ptx/warpgroup.h); four lanes share a row.
@@ -161,14 +224,27 @@ __device__ __forceinline__ void scale_rows(float (&acc)[kCount], const float (&f
 
 // ---- the two products ------------------------------------------------------------------------------------------------
 
+// A matrix descriptor (ptx/warpgroup.h) in two words: moving on inside the operand is one 32-bit addition.
+template <int kLeading>
+struct Operand {
+  uint32_t low;
+
+  __device__ __forceinline__ explicit Operand(uint32_t address)
+      : low(static_cast<uint32_t>(matrix_descriptor(address, 1024, kLeading))) {}
+  __device__ __forceinline__ uint64_t at(int bytes) const {
+    constexpr uint32_t kHigh = matrix_descriptor(0, 1024, kLeading) >> 32;
+    return uint64_t{kHigh} << 32 | (low + (bytes >> 4));
+  }
+};
+
 // scores[64, kKeys] = Q K^T; queries: this warpgroup's first row.
 template <class T, class Tile>
 __device__ __forceinline__ void issue_scores(float (&scores)[Tile::kKeys / 2], uint32_t queries, uint32_t keys) {
+  const Operand<16> q(queries), k(keys);
 #pragma unroll
   for (int d = 0; d < Tile::kD; d += 16)
-    warpgroup_product<Tile::kKeys, T, Major::k, Major::k>(
-        scores, matrix_descriptor(queries + d / kPanel * Tile::kQueryPanel + d % kPanel * 2, 1024),
-        matrix_descriptor(keys + d / kPanel * Tile::kKeyPanel + d % kPanel * 2, 1024), d > 0);
+    warpgroup_product<Tile::kKeys, T, Major::k, Major::k>(scores, q.at(d / kPanel * Tile::kQueryPanel + d % kPanel * 2),
+                                                          k.at(d / kPanel * Tile::kKeyPanel + d % kPanel * 2), d > 0);
   warpgroup_commit();
 }
 
@@ -176,10 +252,10 @@ __device__ __forceinline__ void issue_scores(float (&scores)[Tile::kKeys / 2], u
 template <class T, class Tile>
 __device__ __forceinline__ void issue_values(float (&out)[Tile::kD / 2], const uint32_t (&weights)[Tile::kKeys / 16][4],
                                              uint32_t values) {
+  const Operand<Tile::kKeyPanel> v(values);
 #pragma unroll
   for (int k = 0; k < Tile::kKeys / 16; ++k)
-    warpgroup_product<Tile::kD, T, Major::mn>(out, weights[k],
-                                              matrix_descriptor(values + k * 2048, 1024, Tile::kKeyPanel), true);
+    warpgroup_product<Tile::kD, T, Major::mn>(out, weights[k], v.at(k * 2048), true);
   warpgroup_commit();
 }
 
@@ -219,7 +295,20 @@ __device__ __forceinline__ void search_values(uint32_t values, uint32_t bad_mask
   __syncwarp();
 }
 
-// out += weights * (the noted rows of V); `values` is the first of the tile's rows in memory.
+// Eight neighbours of a row of D elements, zeros beyond its end.
+template <class T>
+__device__ __forceinline__ Bytes16 load_chunk(const T* row, int chunk, int D) {
+  const T* from = row + chunk * kChunk;
+  if (chunk * kChunk + kChunk <= D) return load<Bytes16>(from);
+  Bytes16 bytes = {};
+#pragma unroll
+  for (int j = 0; j < kChunk; ++j)
+    if (chunk * kChunk + j < D) bytes.word[j / 2] |= static_cast<uint32_t>(from[j].bits) << j % 2 * 16;
+  return bytes;
+}
+
+// out += weights * (the noted rows of V); `values` is the first of the tile's rows in memory. Sparing with registers:
+// out and weights hold most of them.
 template <class T, class Tile>
 __device__ __forceinline__ void add_bad_values(float (&out)[Tile::kD / 2], const float (&weights)[Tile::kKeys / 2],
                                                uint32_t bad_mask, const T* values, int64_t stride, int Dv) {
@@ -235,16 +324,24 @@ __device__ __forceinline__ void add_bad_values(float (&out)[Tile::kD / 2], const
 #pragma unroll
       for (int i = 0; i < Tile::kKeys / 2; ++i)
         bits[i / 2 % 2] |= __float_as_uint(weights[i]) & (row / 8 == i / 4 && row % 2 == i % 2 ? kAllLanes : 0u);
+      float w[2];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float w = __uint_as_float(__shfl_sync(kAllLanes, bits[half], lane() / 4 * 4 + row % 8 / 2));
-        if (w == 0.0f) continue;
+      for (int half = 0; half < 2; ++half)
+        w[half] = __uint_as_float(__shfl_sync(kAllLanes, bits[half], lane() / 4 * 4 + row % 8 / 2));
+      const Bytes16 mine = load_chunk(values + row * stride, lane(), Dv);
 #pragma unroll
-        for (int i = 0; i < Tile::kD / 2; ++i) {
-          if (i / 2 % 2 != half) continue;
-          const int col = i / 4 * 8 + lane() % 4 * 2 + i % 2;
-          if (col < Dv) out[i] += w * to_float(values[row * stride + col]);
+      for (int j = 0; j < Tile::kD / kChunk; ++j) {  // chunk j is in lane j; this lane needs its word lane() % 4
+        uint32_t pair = 0;
+#pragma unroll
+        for (int part = 0; part < 4; ++part) {
+          const uint32_t taken = __shfl_sync(kAllLanes, mine.word[part], j);
+          if (lane() % 4 == part) pair = taken;
         }
+        float x[2];
+        unpack_pair<T>(pair, x[0], x[1]);
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          if (w[e / 2] != 0.0f) out[4 * j + e] += w[e / 2] * x[e % 2];
       }
     }
   }

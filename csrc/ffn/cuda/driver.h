@@ -16,7 +16,8 @@
 namespace llmfast::cuda {
 namespace ffn {
 
-inline int64_t row_elements(int64_t F) { return ceil_div(F, kChunk) * kChunk; }  // rows of scratch start at whole chunks
+// Rows of scratch start at whole chunks.
+inline int64_t row_elements(int64_t F) { return ceil_div(F, kChunk) * kChunk; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 template <class T>
@@ -130,8 +131,8 @@ void forward(const FfnParams& p, const Stream& stream) {
                                 stream);
   else
     Product::template run<T, Major::k, Major::k>(x, operand(p.up_weight), shape, epilogue, scratch.parts, stream);
-  Product::template run<T, Major::k, Major::k>(hidden, operand(p.down_weight), {M, C, F}, store_to<T>(p.out, p.down_bias), scratch.parts,
-                              stream);
+  Product::template run<T, Major::k, Major::k>(hidden, operand(p.down_weight), {M, C, F},
+                                               store_to<T>(p.out, p.down_bias), scratch.parts, stream);
 }
 
 template <class Product, class T>
@@ -142,20 +143,22 @@ void backward(const FfnBackwardParams& p, const Stream& stream) {
   const BackwardScratch<T> scratch(carve, M, C, F, gated);
   const auto rows = [&](const T* data) { return Operand{data, ld, 1}; };
   const auto columns = [&](const T* data) { return Operand{data, 1, ld}; };
-  Product::template run<T, Major::k, Major::mn>(operand(p.grad), operand_transposed(p.down_weight), {M, F, C},
-                               SlopeEpilogue<T>{p.activation, p.up.as<const T>(), p.gate.as<const T>(), scratch.hidden,
-                                                scratch.d_up, scratch.d_gate, p.up.stride[0], p.gate.stride[0], ld},
-                               scratch.parts, stream);
+  Product::template run<T, Major::k, Major::mn>(
+      operand(p.grad), operand_transposed(p.down_weight), {M, F, C},
+      SlopeEpilogue<T>{p.activation, p.up.as<const T>(), p.gate.as<const T>(), scratch.hidden, scratch.d_up,
+                       scratch.d_gate, p.up.stride[0], p.gate.stride[0], ld},
+      scratch.parts, stream);
 
   const auto weight_gradient = [&](const Operand& a, const Operand& b, GemmShape shape, const TensorView& out) {
-    if (out.defined) Product::template run<T, Major::mn, Major::mn>(a, b, shape, store_to<T>(out), scratch.parts, stream);
+    if (out.defined)
+      Product::template run<T, Major::mn, Major::mn>(a, b, shape, store_to<T>(out), scratch.parts, stream);
   };
   weight_gradient(operand_transposed(p.grad), columns(scratch.hidden), {C, F, M}, p.grad_down_weight);
   weight_gradient(columns(scratch.d_up), operand_transposed(p.x), {F, C, M}, p.grad_up_weight);
   if (gated) weight_gradient(columns(scratch.d_gate), operand_transposed(p.x), {F, C, M}, p.grad_gate_weight);
   if (p.grad_down_bias.defined)
-    column_sums<Product>(p.grad.as<const T>(), p.grad.stride[0], p.grad.stride[1], M, C, p.grad_down_bias.as<T>(), scratch.parts,
-                stream);
+    column_sums<Product>(p.grad.as<const T>(), p.grad.stride[0], p.grad.stride[1], M, C, p.grad_down_bias.as<T>(),
+                         scratch.parts, stream);
   if (p.grad_up_bias.defined)
     column_sums<Product>(scratch.d_up, ld, 1, M, F, p.grad_up_bias.as<T>(), scratch.parts, stream);
   if (!p.grad_x.defined) return;
@@ -164,12 +167,12 @@ void backward(const FfnBackwardParams& p, const Stream& stream) {
   StoreEpilogue<T> store = store_to<T>(p.grad_x);
   if (gated) {
     Product::template run<T, Major::k, Major::mn>(rows(scratch.d_gate), operand_transposed(p.gate_weight), shape,
-                                 StoreEpilogue<T, float>{scratch.partial_x, C}, scratch.parts, stream);
+                                                  StoreEpilogue<T, float>{scratch.partial_x, C}, scratch.parts, stream);
     store.addend = scratch.partial_x;
     store.ld_addend = C;
   }
-  Product::template run<T, Major::k, Major::mn>(rows(scratch.d_up), operand_transposed(p.up_weight), shape, store, scratch.parts,
-                               stream);
+  Product::template run<T, Major::k, Major::mn>(rows(scratch.d_up), operand_transposed(p.up_weight), shape, store,
+                                                scratch.parts, stream);
 }
 
 }  // namespace ffn

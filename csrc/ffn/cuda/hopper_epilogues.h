@@ -64,24 +64,26 @@ struct SlopeBoxes {
     uint32_t u[16], g[16];
     load_box(u, up, ld_up, m, n, M, N);
     if constexpr (kGated) load_box(g, gate, ld_gate, m, n, M, N);
-    visit_activation(activation, [&](auto act) {
 #pragma unroll
-      for (int i = 0; i < 16; ++i) {
-        float at[2], by[2], value[2], of_gate[2];
-        unpack_pair<T>(u[i], by[0], by[1]);
-        if constexpr (kGated) unpack_pair<T>(g[i], at[0], at[1]);
+    for (int first = 0; first < 16; first += 4)  // all at once would hold too many registers
+      visit_activation(activation, [&](auto act) {
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const ValueAndSlope a = act.both_of(kGated ? at[e] : by[e]);
-          float& d = x[2 * i + e];
-          value[e] = kGated ? a.value * by[e] : a.value;
-          of_gate[e] = d * by[e] * a.slope;
-          d *= kGated ? a.value : a.slope;
+        for (int i = first; i < first + 4; ++i) {
+          float at[2], by[2], value[2], of_gate[2];
+          unpack_pair<T>(u[i], by[0], by[1]);
+          if constexpr (kGated) unpack_pair<T>(g[i], at[0], at[1]);
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const ValueAndSlope a = act.both_of(kGated ? at[e] : by[e]);
+            float& d = x[2 * i + e];
+            value[e] = kGated ? a.value * by[e] : a.value;
+            of_gate[e] = d * by[e] * a.slope;
+            d *= kGated ? a.value : a.slope;
+          }
+          u[i] = pack_pair<T>(value[0], value[1]);
+          if constexpr (kGated) g[i] = pack_pair<T>(of_gate[0], of_gate[1]);
         }
-        u[i] = pack_pair<T>(value[0], value[1]);
-        if constexpr (kGated) g[i] = pack_pair<T>(of_gate[0], of_gate[1]);
-      }
-    });
+      });
     slabs.store(&hidden, u, m, n);
     slabs.store<T>(&d_up, x, m, n);
     if constexpr (kGated) slabs.store(&d_gate, g, m, n);
@@ -94,12 +96,7 @@ MappedTensor mapped_rows(const T* data, int64_t ld, GemmShape shape) {
 }
 
 template <class T>
-struct OnHopper<ffn::HiddenEpilogue<T>> {
-  static constexpr bool kOwn = true;
-  static bool fits(const ffn::HiddenEpilogue<T>& e, GemmShape shape) {
-    return !e.gate && can_map(mapped_rows(e.hidden, e.ld_hidden, shape)) &&
-           (!e.saved || can_map(mapped_rows(e.saved, e.ld_saved, shape)));
-  }
+struct OnHopper<ffn::HiddenEpilogue<T>> {  // never with a gate: see GatedProducts
   template <class Body>
   static void visit(const ffn::HiddenEpilogue<T>& e, GemmShape shape, const Body& body) {
     const TensorMap hidden = make_tensor_map(mapped_rows(e.hidden, e.ld_hidden, shape));
@@ -110,15 +107,6 @@ struct OnHopper<ffn::HiddenEpilogue<T>> {
 
 template <class T>
 struct OnHopper<ffn::SlopeEpilogue<T>> {
-  static constexpr bool kOwn = true;
-  static bool fits(const ffn::SlopeEpilogue<T>& e, GemmShape shape) {
-    const auto readable = [](const T* data, int64_t ld) {
-      return !data || (reinterpret_cast<uintptr_t>(data) % 4 == 0 && ld % 2 == 0);
-    };
-    return shape.N % 2 == 0 && readable(e.up, e.ld_up) && readable(e.gate, e.ld_gate) &&
-           can_map(mapped_rows(e.hidden, e.ld, shape)) && can_map(mapped_rows(e.d_up, e.ld, shape)) &&
-           (!e.gate || can_map(mapped_rows(e.d_gate, e.ld, shape)));
-  }
   template <class Body>
   static void visit(const ffn::SlopeEpilogue<T>& e, GemmShape shape, const Body& body) {
     const auto map = [&](const T* data) { return make_tensor_map(mapped_rows(data, e.ld, shape)); };

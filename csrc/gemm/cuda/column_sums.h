@@ -1,5 +1,6 @@
 // Sums over the rows of a matrix [M, N] with any strides: bias gradients. Two passes in a fixed order: blocks sum
-// kSumRows rows of 32 columns each, then one thread a column adds the blocks' sums. `Product`: as in gemm.h's add_parts.
+// kSumRows rows of 32 columns each, then one thread a column adds the blocks' sums. `Product`: as in gemm.h's
+// add_parts.
 #pragma once
 #include "core/cuda_launch.h"
 #include "core/types.h"

@@ -81,8 +81,8 @@ __global__ void __launch_bounds__(FmaTile::kThreads, 2)
   for (int i = 0; i < 4; ++i) epilogue.template columns<8>(acc[i], m + i, n, m + i < shape.M ? columns : 0);
 }
 
-// One thread adds the parts of eight columns of a row, in ascending order, and hands them to the epilogue. `Product` keeps
-// apart the kernels of files that are compiled for different targets: the linker would take one for the other.
+// One thread adds the parts of eight columns of a row, in ascending order, and hands them to the epilogue. `Product`
+// keeps apart the kernels of files that are compiled for different targets: the linker would take one for the other.
 constexpr int kAddThreads = 256;
 template <class Product, class Epilogue>
 __global__ void __launch_bounds__(kAddThreads)
@@ -104,7 +104,8 @@ __global__ void __launch_bounds__(kAddThreads)
 template <class Product, class Epilogue>
 void add_parts(const float* sums, GemmShape shape, int64_t parts, const Epilogue& epilogue, const Stream& stream) {
   const auto blocks = static_cast<unsigned>(ceil_div(shape.M * ceil_div(shape.N, 8), kAddThreads));
-  launch(stream, {blocks}, kAddThreads, 0, add_parts_kernel<Product, Epilogue>, sums, shape.M, shape.N, parts, epilogue);
+  launch(stream, {blocks}, kAddThreads, 0, add_parts_kernel<Product, Epilogue>, sums, shape.M, shape.N, parts,
+         epilogue);
 }
 
 template <class T, class Tile, Major kMajorA, Major kMajorB, class Epilogue>
@@ -156,7 +157,8 @@ struct PortableProduct {
     if (plan.parts == 1)
       return launch_gemm<T, kMajorA, kMajorB>(a, b, shape, plan.tile, {1, shape.K}, epilogue, stream);
     const Parts parts{plan.parts, part_depth(shape.K, plan.parts)};
-    launch_gemm<T, kMajorA, kMajorB>(a, b, shape, plan.tile, parts, PartEpilogue{workspace, shape.M, shape.N, 0}, stream);
+    launch_gemm<T, kMajorA, kMajorB>(a, b, shape, plan.tile, parts, PartEpilogue{workspace, shape.M, shape.N, 0},
+                                     stream);
     add_parts<PortableProduct>(workspace, shape, plan.parts, epilogue, stream);
   }
 };

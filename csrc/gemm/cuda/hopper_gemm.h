@@ -1,12 +1,12 @@
-// C[M,N] = A[M,K] B[N,K]^T with an epilogue, bf16 or fp16 with float32 sums, on compute capability 9.0: gemm.h's product
-// with bulk copies (TMA) and warpgroup products (wgmma), for operands that the copy engine can address.
+// C[M,N] = A[M,K] B[N,K]^T with an epilogue, bf16 or fp16 with float32 sums, on compute capability 9.0: gemm.h's
+// product with bulk copies (TMA) and warpgroup products (wgmma), for operands that the copy engine can address.
 //
 // Persistent blocks of three warpgroups, one a multiprocessor, take tiles in a fixed order (hopper_schedule.h). One
 // thread of the first fills the ring of stages, running ahead into the next tile; the other two multiply
 // (hopper_mainloop.h). Finished accumulators go to the epilogue out of registers: to one of boxes or of whole rows
-// (hopper_boxes.h) as they are; for others (epilogue.h) the four lanes that hold a row's pairs of columns exchange them so that each has eight
-// neighbouring columns. With few tiles and a great depth blocks share a tile's depth and a second kernel adds the parts in
-// order, as in gemm.h.
+// (hopper_boxes.h) as they are; for others (epilogue.h) the four lanes that hold a row's pairs of columns exchange them
+// so that each has eight neighbouring columns. With few tiles and a great depth blocks share a tile's depth and a
+// second kernel adds the parts in order, as in gemm.h.
 #pragma once
 #include "gemm/cuda/gemm.h"
 #include "gemm/cuda/hopper_boxes.h"
@@ -17,8 +17,8 @@ namespace llmfast::cuda {
 using HopperWideTile = HopperTile<128, 256, 4, false>;
 using HopperLargeTile = HopperTile<128, 128, 6, true>;
 
-// Lane t of four holds pairs pair[j], columns 8 j + 2 t and the next; then it holds columns 8 t .. 8 t + 7: pair[s] came
-// from lane s. A 4x4 transposition in two exchanges.
+// Lane t of four holds pairs pair[j], columns 8 j + 2 t and the next; then it holds columns 8 t .. 8 t + 7: pair[s]
+// came from lane s. A 4x4 transposition in two exchanges.
 __device__ __forceinline__ void gather_columns(float (&x)[8]) {
   const bool odd = lane() & 1, high = lane() & 2;
 #pragma unroll
@@ -129,7 +129,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     } else if constexpr (kSlabs > 0) {
       finish_boxes<Tile>(acc, m, n, epilogue, slabs);
     } else if constexpr (std::is_same_v<Epilogue, PartEpilogue>) {
-      finish_rows<Tile>(acc, shape, m, n, PartEpilogue{epilogue.parts, epilogue.M, epilogue.N, work.part});
+      const int64_t N = shape.N;
+      const FloatRows rows{epilogue.parts + work.part * shape.M * N, N, nullptr, 0, shape.M, N};
+#pragma unroll
+      for (int i = 0; i < Tile::kFragments; ++i) rows.rows<Tile::kN>(acc[i], m + i * 64, n);
     } else {
       finish_rows<Tile>(acc, shape, m, n, epilogue);
     }
@@ -141,7 +144,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     for (int item = blockIdx.x; item < items; item += grid) {
       const Work work = schedule.at(item);
       start_products<T, Tile, kA, kB>(ring, place, work.steps, which * Tile::kRows, acc);
-      finish_products(ring, place);
+      finish_products<Tile>(ring, place, acc);
       finish(acc, work, which * Tile::kRows);
     }
   } else {
@@ -155,7 +158,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       barrier_sync(mine, 256);
       start_products<T, Tile, kA, kB>(ring, place, work.steps, 0, acc);
       if (item + grid < items) barrier_arrive(others, 256);
-      finish_products(ring, place);
+      finish_products<Tile>(ring, place, acc);
       if (which == 0 && item + grid < items) skip(place, schedule.at(item + grid).steps);
       finish(acc, work, 0);
     }
@@ -193,8 +196,8 @@ void launch_hopper_gemm(const Operand& a, const Operand& b, GemmShape shape, Hop
     launch_hopper_gemm<T, HopperLargeTile, kA, kB>(a, b, shape, parts, epilogue, stream, 12, second_b);
 }
 
-// As PortableProduct; every operand satisfies fits() and K is positive. `workspace`: hopper_parts_workspace(shape) floats,
-// or null: the depth stays whole.
+// As PortableProduct; every operand satisfies fits() and K is positive. `workspace`: hopper_parts_workspace(shape)
+// floats, or null: the depth stays whole.
 struct HopperProduct {
   static bool fits(const Operand& operand, Major major, int64_t mn, int64_t k) {
     return can_map(mapped_operand(operand, DType::bf16, major, mn, k, 64));
@@ -211,13 +214,10 @@ struct HopperProduct {
                   const Stream& stream) {
     if (shape.M == 0 || shape.N == 0) return;
     const HopperPlan plan = hopper_plan(shape, workspace != nullptr);
-    if constexpr (OnHopper<Epilogue>::kOwn)
-      if (plan.parts == 1 && OnHopper<Epilogue>::fits(epilogue, shape))
-        return OnHopper<Epilogue>::visit(epilogue, shape, [&](const auto& own) {
-          launch_hopper_gemm<T, kA, kB>(a, b, shape, plan.tile, {1, shape.K}, own, stream);
-        });
     if (plan.parts == 1)
-      return launch_hopper_gemm<T, kA, kB>(a, b, shape, plan.tile, {1, shape.K}, epilogue, stream);
+      return OnHopper<Epilogue>::visit(epilogue, shape, [&](const auto& own) {
+        launch_hopper_gemm<T, kA, kB>(a, b, shape, plan.tile, {1, shape.K}, own, stream);
+      });
     launch_hopper_gemm<T, kA, kB>(a, b, shape, plan.tile, {plan.parts, part_depth(shape.K, plan.parts)},
                                   PartEpilogue{workspace, shape.M, shape.N, 0}, stream);
     add_parts<HopperProduct>(workspace, shape, plan.parts, epilogue, stream);

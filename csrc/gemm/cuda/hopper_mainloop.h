@@ -2,8 +2,8 @@
 // copies, two warpgroups multiply out of it.
 //
 // A stage holds 64 of depth of both operands as the copies leave them, swizzled by 128 bytes: k-major as rows of 128
-// bytes, one box an operand; mn-major as slabs of 64 neighbours in m or n, 64 rows (depths) of 128 bytes each, one box a
-// slab. Beyond the operands' edges there are zeros.
+// bytes, one box an operand; mn-major as slabs of 64 neighbours in m or n, 64 rows (depths) of 128 bytes each, one box
+// a slab. Beyond the operands' edges there are zeros.
 #pragma once
 #include "core/tensor_map.h"
 #include "gemm/cuda/hopper_schedule.h"
@@ -15,8 +15,8 @@
 
 namespace llmfast::cuda {
 
-// Both consumer warpgroups share a tile, half of its rows each, or (ping-pong) each takes every other tile of the block:
-// one's epilogue then runs under the other's products.
+// Both consumer warpgroups share a tile, half of its rows each, or (ping-pong) each takes every other tile of the
+// block: one's epilogue then runs under the other's products.
 template <int kM_, int kN_, int kStages_, bool kPingPong_>
 struct HopperTile {
   static constexpr int kM = kM_, kN = kN_, kStages = kStages_;
@@ -34,10 +34,12 @@ using HopperAccumulators = float[Tile::kFragments][Tile::kN / 2];
 constexpr int kSlabBytes = 64 * 128;  // 64 rows of 128 bytes
 
 // The map of an operand [mn, k] whose tiles have `tile_mn` rows. A single row may have any stride.
-inline MappedTensor mapped_operand(const Operand& operand, DType dtype, Major major, int64_t mn, int64_t k, int tile_mn) {
+inline MappedTensor mapped_operand(const Operand& operand, DType dtype, Major major, int64_t mn, int64_t k,
+                                   int tile_mn) {
   const bool by_k = major == Major::k;
   const int64_t along = by_k ? k : mn, across = by_k ? mn : k;
-  const int64_t unit = by_k ? operand.stride_k : operand.stride_mn, stride = by_k ? operand.stride_mn : operand.stride_k;
+  const int64_t unit = by_k ? operand.stride_k : operand.stride_mn;
+  const int64_t stride = by_k ? operand.stride_mn : operand.stride_k;
   return {operand.data,
           dtype,
           2,
@@ -76,8 +78,8 @@ __device__ __forceinline__ void load_operand(uint32_t to, const TensorMap* map, 
   }
 }
 
-// One thread: the stages of all of the block's work, in order, as they become free. Paired: a tile's columns are kN / 2 of
-// b and the same of second_b.
+// One thread: the stages of all of the block's work, in order, as they become free. Paired: a tile's columns are kN / 2
+// of b and the same of second_b.
 template <class Tile, Major kA, Major kB, bool kPaired>
 __device__ void fill_ring(const Ring<Tile>& ring, const TensorMap* a, const TensorMap* b, const TensorMap* second_b,
                           const Schedule& schedule) {
@@ -127,8 +129,11 @@ __device__ __forceinline__ void start_products(const Ring<Tile>& ring, RingPlace
 }
 
 template <class Tile>
-__device__ __forceinline__ void finish_products(const Ring<Tile>& ring, const RingPlace<Tile::kStages>& place) {
+__device__ __forceinline__ void finish_products(const Ring<Tile>& ring, const RingPlace<Tile::kStages>& place,
+                                                HopperAccumulators<Tile>& acc) {
   warpgroup_wait<0>();
+#pragma unroll
+  for (int i = 0; i < Tile::kFragments; ++i) pin_registers(acc[i]);
   if (lane() == 0) mbarrier_arrive(ring.empty(place.stage == 0 ? Tile::kStages - 1 : place.stage - 1));
 }
 

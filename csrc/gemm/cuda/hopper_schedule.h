@@ -1,5 +1,5 @@
-// The order in which persistent blocks take the tiles of C, which tile size, and into how many parts the depth is cut, on
-// compute capability 9.0. The choice is a function of the shape alone: a result does not depend on the GPU's size.
+// The order in which persistent blocks take the tiles of C, which tile size, and into how many parts the depth is cut,
+// on compute capability 9.0. The choice is a function of the shape alone: a result does not depend on the GPU's size.
 #pragma once
 #include "gemm/cuda/schedule.h"
 
@@ -42,9 +42,10 @@ struct HopperPlan {
   int64_t parts;
 };
 
-// The cheapest of both tile sizes and a depth in one to sixteen parts, in clocks of a multiprocessor: rounds of tiles over
-// a device of 132, each `step` clocks for 64 of depth and a fixed part for its ends, and, with several parts, their way
-// through memory. The figures are estimates; what they must get right is which shapes leave multiprocessors idle.
+// The cheapest of both tile sizes and a depth in one to sixteen parts, in clocks of a multiprocessor: rounds of tiles
+// over a device of 132, each `step` clocks for 64 of depth and a fixed part for its ends, and, with several parts,
+// their way through memory. The figures are estimates; what they must get right is which shapes leave multiprocessors
+// idle.
 constexpr HopperPlan hopper_plan(GemmShape s, bool may_cut) {
   constexpr int64_t kMultiprocessors = 132, kMostParts = 16, kAddClocks = 8000, kBytesAClock = 1600;
   struct Cost {

@@ -1,4 +1,5 @@
-// linear_cross_entropy by the products of gemm/cuda, whichever one `Product` is; see linear_cross_entropy.h for the maths.
+// linear_cross_entropy by the products of gemm/cuda, whichever one `Product` is; see linear_cross_entropy.h for the
+// maths.
 //
 // The vocabulary is taken in chunks. Forward: the epilogue reduces each row's columns of a warp (32 or 64 of them) to a
 // maximum and a sum of powers of two relative to it, written to parts[column group][M]; a second kernel folds a chunk's
@@ -148,11 +149,11 @@ void forward(const LinearCrossEntropyParams& p, const Stream& stream) {
     const int64_t group = Product::template columns_together<T>(shape);
     Operand weight = operand(p.weight);
     weight.data = p.weight.as<const T>() + v * weight.stride_mn;
-    Product::template run<T, Major::k, Major::k>(operand(p.x), weight, shape,
-                                LogSumEpilogue{scratch.parts, scratch.target_logits, target, M, v}, nullptr, stream);
-    launch(stream, {static_cast<unsigned>(ceil_div(M, kRowThreads))}, kRowThreads, 0, fold_parts_kernel<Product>, scratch.parts,
-           scratch.rows, scratch.target_logits, target, M, V, static_cast<int>(ceil_div(count, group)), v == 0,
-           v + count == V, p.ignore_index, p.losses.as<float>(), p.lse.as<float>());
+    Product::template run<T, Major::k, Major::k>(
+        operand(p.x), weight, shape, LogSumEpilogue{scratch.parts, scratch.target_logits, target, M, v}, nullptr, stream);
+    launch(stream, {static_cast<unsigned>(ceil_div(M, kRowThreads))}, kRowThreads, 0, fold_parts_kernel<Product>,
+           scratch.parts, scratch.rows, scratch.target_logits, target, M, V, static_cast<int>(ceil_div(count, group)),
+           v == 0, v + count == V, p.ignore_index, p.losses.as<float>(), p.lse.as<float>());
   }
 }
 
@@ -174,18 +175,19 @@ void backward(const LinearCrossEntropyBackwardParams& p, const Stream& stream) {
     if (p.grad_weight.defined) {
       const int64_t ld = p.grad_weight.stride[0];
       Product::template run<T, Major::mn, Major::mn>(columns, operand_transposed(p.x), {count, C, M},
-                                    StoreEpilogue<T>{p.grad_weight.as<T>() + v * ld, ld}, scratch.parts, stream);
+                                                     StoreEpilogue<T>{p.grad_weight.as<T>() + v * ld, ld},
+                                                     scratch.parts, stream);
     }
     if (!p.grad_x.defined) continue;
     const float* before = v > 0 ? scratch.sum_x : nullptr;
     if (v + count < V)
       Product::template run<T, Major::k, Major::mn>(rows, weight_transposed, {M, C, count},
-                                   StoreEpilogue<T, float>{scratch.sum_x, C, nullptr, before, C}, scratch.parts,
-                                   stream);
+                                                    StoreEpilogue<T, float>{scratch.sum_x, C, nullptr, before, C},
+                                                    scratch.parts, stream);
     else
-      Product::template run<T, Major::k, Major::mn>(rows, weight_transposed, {M, C, count},
-                                   StoreEpilogue<T>{p.grad_x.as<T>(), p.grad_x.stride[0], nullptr, before, C},
-                                   scratch.parts, stream);
+      Product::template run<T, Major::k, Major::mn>(
+          rows, weight_transposed, {M, C, count},
+          StoreEpilogue<T>{p.grad_x.as<T>(), p.grad_x.stride[0], nullptr, before, C}, scratch.parts, stream);
   }
 }
 

@@ -1,5 +1,5 @@
-// linear_cross_entropy's epilogues on Hopper: a row of a tile lies in the four lanes of a quad, so that its sum of powers
-// needs no shared memory; gradients of logits go out by boxes (gemm/cuda/hopper_boxes.h).
+// linear_cross_entropy's epilogues on Hopper: a row of a tile lies in the four lanes of a quad, so that its sum of
+// powers needs no shared memory; gradients of logits go out by boxes (gemm/cuda/hopper_boxes.h).
 #pragma once
 #include "gemm/cuda/hopper_boxes.h"
 #include "linear_cross_entropy/cuda/driver.h"
@@ -15,7 +15,8 @@ struct LogSumRows {
 
   template <int kN>
   __device__ __forceinline__ void rows(float (&acc)[kN / 2], int m, int n) const {
-    const int columns = static_cast<int>(N - n < kN ? N - n : kN) - lane() % 4 * 2;  // that exist, from this lane's first
+    // That exist, from this lane's first.
+    const int columns = static_cast<int>(N - n < kN ? N - n : kN) - lane() % 4 * 2;
     if (columns < kN - 6) {
 #pragma unroll
       for (int i = 0; i < kN / 2; ++i)
@@ -46,8 +47,6 @@ struct LogSumRows {
 
 template <>
 struct OnHopper<cross_entropy::LogSumEpilogue> {
-  static constexpr bool kOwn = true;
-  static bool fits(const cross_entropy::LogSumEpilogue&, GemmShape) { return true; }
   template <class Body>
   static void visit(const cross_entropy::LogSumEpilogue& e, GemmShape shape, const Body& body) {
     body(LogSumRows{e.parts, e.target_logits, e.target, e.M, shape.N, e.first});
@@ -85,17 +84,10 @@ struct LogitGradientBoxes {
 
 template <class T>
 struct OnHopper<cross_entropy::LogitGradientEpilogue<T>> {
-  static constexpr bool kOwn = true;
-  static MappedTensor mapped(const cross_entropy::LogitGradientEpilogue<T>& e, GemmShape shape) {
-    return mapped_boxes(e.d_logits, half_dtype<T>(), e.ld, shape);
-  }
-  static bool fits(const cross_entropy::LogitGradientEpilogue<T>& e, GemmShape shape) {
-    return can_map(mapped(e, shape));
-  }
   template <class Body>
   static void visit(const cross_entropy::LogitGradientEpilogue<T>& e, GemmShape shape, const Body& body) {
-    body(LogitGradientBoxes<T>{make_tensor_map(mapped(e, shape)), e.lse, e.grad, e.target, shape.M, e.first,
-                               e.ignore_index});
+    const TensorMap d_logits = make_tensor_map(mapped_boxes(e.d_logits, half_dtype<T>(), e.ld, shape));
+    body(LogitGradientBoxes<T>{d_logits, e.lse, e.grad, e.target, shape.M, e.first, e.ignore_index});
   }
 };
 

@@ -1,0 +1,309 @@
+// grad_k, grad_v and grad_q in one pass on Hopper: five products instead of the seven of separate kernels. As in
+// hopper_backward_keys.h a block owns 128 keys and walks over tiles of queries; besides
+//   dS^T goes through shared memory, since a query's sum runs over the keys of both warpgroups:
+//   grad_q[tile] += dS K                 64 x 64 of it a warpgroup, kLag steps after dS was ready
+// and each block adds its share to float32 sums in memory: by the copy engine, in L2, in the order in which blocks
+// come. The sums' tiles are stored as the fragments lie, [warpgroup][4 columns of fragments][thread][4]; a last kernel scales
+// and rounds them.
+//
+// Shared memory: K and V; a ring of kStages times Q, grad_out, statistics; two tiles of dS^T; 16 KB a warpgroup on
+// their way to the sums. Of warpgroup 2, warp 0 asks for copies, warp 1 inspects, warps 2 and 3 add.
+#pragma once
+#include "attention/cuda/hopper_backward_keys.h"
+#include "ptx/barrier.h"
+
+namespace llmfast::cuda {
+
+template <int kD_, int kQueries_, int kStages_, int kLag_>
+struct JointLayout {
+  static constexpr int kD = kD_, kQueries = kQueries_, kStages = kStages_, kLag = kLag_, kInspectors = 1;
+  using Own = SlabTile<kOwnRows, kD>;
+  using Other = SlabTile<kQueries, kD>;
+  using Scores = SlabTile<kOwnRows, kQueries>;  // of keys and queries
+  static_assert(kD * kQueries == 8192 && (kLag == 0 || kLag == 1));
+  static constexpr int kShare = 4096, kShareBytes = kShare * 4;  // floats of a tile's sums, of a warpgroup
+  static constexpr int kStatisticsBytes = kQueries * static_cast<int>(sizeof(QueryStatistics));
+  static constexpr int kStageBytes = 2 * Other::kBytes + kStatisticsBytes;
+  static constexpr int kOthersAt = 2 * Own::kBytes, kScoresAt = kOthersAt + 2 * kStages * Other::kBytes;
+  static constexpr int kSharesAt = kScoresAt + 2 * Scores::kBytes;
+  static constexpr int kStatisticsAt = kSharesAt + kConsumers * kShareBytes;
+  static constexpr int kPoisonAt = kStatisticsAt + kStages * kStatisticsBytes;
+  static constexpr int kBarriersAt = kPoisonAt + kOwnRows * 4, kBarriers = 10 + 3 * kStages;
+  static constexpr int kWorkAt = kBarriersAt + 8 * (kBarriers + 1) / 16 * 16, kWorkBytes = 128;
+  static constexpr int kBytes = kWorkAt + kWorkBytes + kSharedAlignment;
+  static_assert(kBytes <= 232448 && kSlotRows % kQueries == 0);
+
+  uint32_t base;
+  __device__ Own keys() const { return {base}; }
+  __device__ Own values() const { return {base + Own::kBytes}; }
+  __device__ Other queries(int stage) const { return {base + kOthersAt + 2 * stage * Other::kBytes}; }
+  __device__ Other grad_out(int stage) const { return {base + kOthersAt + (2 * stage + 1) * Other::kBytes}; }
+  __device__ Scores scores(int buffer) const { return {base + kScoresAt + buffer * Scores::kBytes}; }
+  __device__ uint32_t share(int warpgroup) const { return base + kSharesAt + warpgroup * kShareBytes; }
+  __device__ uint32_t statistics(int stage) const { return base + kStatisticsAt + stage * kStatisticsBytes; }
+  __device__ uint32_t poison() const { return base + kPoisonAt; }
+  __device__ uint32_t barrier(int i) const { return base + kBarriersAt + 8 * i; }
+  __device__ uint32_t own() const { return barrier(0); }
+  __device__ uint32_t own_inspected() const { return barrier(1); }
+  __device__ uint32_t scores_full(int buffer) const { return barrier(2 + buffer); }
+  __device__ uint32_t scores_empty(int buffer) const { return barrier(4 + buffer); }
+  __device__ uint32_t share_full(int warpgroup) const { return barrier(6 + warpgroup); }
+  __device__ uint32_t share_empty(int warpgroup) const { return barrier(8 + warpgroup); }
+  __device__ uint32_t full(int stage) const { return barrier(10 + stage); }
+  __device__ uint32_t inspected(int stage) const { return barrier(10 + kStages + stage); }
+  __device__ uint32_t empty(int stage) const { return barrier(10 + 2 * kStages + stage); }
+
+  __device__ void initialise_barriers() const {
+    mbarrier_init(own(), 1);
+    mbarrier_init(own_inspected(), kInspectors);
+    for (int i = 0; i < 2; ++i) {
+      mbarrier_init(scores_full(i), kConsumerWarps);
+      mbarrier_init(scores_empty(i), kConsumerWarps);
+      mbarrier_init(share_full(i), kConsumerWarps / kConsumers);
+      mbarrier_init(share_empty(i), 1);
+    }
+    for (int stage = 0; stage < kStages; ++stage) {
+      mbarrier_init(full(stage), 1);
+      mbarrier_init(inspected(stage), kInspectors);
+      mbarrier_init(empty(stage), kConsumerWarps);
+    }
+    mbarrier_init_fence();
+  }
+};
+
+// The sums of a head's queries, behind the statistics: kD floats for each row of a slot.
+template <int kD>
+__device__ float* query_sums(const AttentionParams& p, int64_t head, const Sequence& sequence) {
+  const int64_t rows = p.Hq * slots_of_head(p.B, p.Tq, p.first_q != nullptr) * kSlotRows;
+  const auto* const first = reinterpret_cast<const QueryStatistics*>(p.workspace);
+  return p.workspace + 2 * rows + (slots_of(p, head, sequence) - first) * kD;
+}
+inline int64_t query_sums_floats(int64_t B, int64_t Hq, int64_t Tq, bool packed, int kD) {
+  return Hq * slots_of_head(B, Tq, packed) * kSlotRows * kD;
+}
+
+// Own keys that hold NaN or infinity become zeros, so that they do not spoil the sums of queries that do not see them.
+template <class T, class Layout>
+__device__ void inspect_own_keys(Layout shared) {
+  constexpr int kRowChunks = Layout::kD / kChunk, kRowsAStep = kWarpSize / kRowChunks;
+  const int my_row = lane() / kRowChunks, my_chunk = lane() % kRowChunks;
+  mbarrier_wait(shared.own(), 0);
+#pragma unroll 2
+  for (int i = 0; i < kOwnRows; i += kRowsAStep) {
+    const uint32_t at = shared.keys().chunk(i + my_row, my_chunk);
+    const uint32_t bad = __ballot_sync(kAllLanes, not_finite<T>(load_shared(at)));
+    const bool spoilt = (bad >> (my_row * kRowChunks) & ((1u << kRowChunks) - 1)) != 0;
+    if (spoilt) store_shared(at, Bytes16{{0, 0, 0, 0}});
+    if (my_chunk == 0) store_shared(shared.poison() + 4 * (i + my_row), spoilt ? 0x7fc00000u : 0u);
+  }
+  fence_async_proxy();
+  __syncwarp();
+  if (lane() == 0) mbarrier_arrive(shared.own_inspected());
+}
+
+// Adds a warpgroup's shares to the sums in memory.
+template <class Layout>
+__device__ void add_shares(const AttentionParams& p, const KeysWork& w, Layout shared, int warpgroup) {
+  int parity = 0;
+#pragma unroll 1
+  for (int member = 0; member < w.group; ++member) {
+    const int head = w.kv_head * w.group + member;
+    float* const sums = query_sums<Layout::kD>(p, head, w.sequence) + warpgroup * Layout::kShare;
+#pragma unroll 1
+    for (int tile = w.first_tile; tile < w.end_tile; ++tile, parity ^= 1) {
+      mbarrier_wait(shared.share_full(warpgroup), parity);
+      bulk_add_floats(sums + int64_t{tile} * (2 * Layout::kShare), shared.share(warpgroup), Layout::kShareBytes);
+      bulk_commit();
+      bulk_wait_read<0>();
+      mbarrier_arrive(shared.share_empty(warpgroup));
+    }
+  }
+  bulk_wait<0>();
+}
+
+template <class T, bool kCapped, class Layout>
+__device__ __forceinline__ void consume_jointly(const AttentionBackwardParams& p, const KeysWork& w, Layout shared) {
+  constexpr int kD = Layout::kD, kQueries = Layout::kQueries, kLag = Layout::kLag;
+  const int warpgroup = uniform(thread() / kWarpgroup), first_row = warpgroup * 64, my_row = warp() * 16;
+  const int my_column = lane() % 4 * 2;
+  const int first_tile = uniform(w.first_tile), end_tile = uniform(w.end_tile);
+  const int steps = (end_tile - first_tile) * uniform(w.group);
+  const Span full = {uniform(w.full.begin), uniform(w.full.end)};
+  const uint32_t ready = w.inspects ? shared.inspected(0) : shared.full(0);
+  const ScoreScale scale(p);
+  Span mine[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int key = w.first + my_row + lane() / 4 + 8 * half;
+    mine[half] = key < w.sequence.Tk ? w.band(p).keys_of(key) : Span{0, 0};  // the next sequence's
+  }
+
+  float grad_k[kD / 2], grad_v[kD / 2];
+  RingPlace<Layout::kStages> place;
+  int tile = first_tile;
+  if (steps > 0) {
+    mbarrier_wait(shared.own(), 0);
+    mbarrier_wait(shared.own_inspected(), 0);
+  }
+  float factor[2];  // NaN for a spoilt key: its scores are NaN
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const Bytes16 four = load_shared(shared.poison() + (my_row + lane() / 4 + 8 * half) / 4 * 16);
+    const uint32_t pair = lane() / 4 % 2 ? four.word[1] : four.word[0];
+    const uint32_t other = lane() / 4 % 2 ? four.word[3] : four.word[2];
+    factor[half] = scale.product + __uint_as_float(lane() / 4 % 4 < 2 ? pair : other);
+  }
+#pragma unroll 1
+  for (int step = 0; step < steps + kLag; ++step) {
+    if (kLag == 0 || step < steps) {
+      const int stage = place.stage, first = tile * kQueries;
+      const auto queries = shared.queries(stage), grad_out = shared.grad_out(stage);
+      const uint32_t statistics = shared.statistics(stage) + my_column * static_cast<int>(sizeof(QueryStatistics));
+      const Span visible[2] = {{mine[0].begin - first - my_column, mine[0].end - first - my_column},
+                               {mine[1].begin - first - my_column, mine[1].end - first - my_column}};
+      float scores[kQueries / 2], products[kQueries / 2], kept[kQueries / 2];
+      uint32_t weights[kQueries / 16][4], gradients[kQueries / 16][4];
+      mbarrier_wait(shared.full(stage), place.parity);
+      mbarrier_wait(ready + 8 * stage, place.parity);
+      warpgroup_fence();
+      start_dots<T>(scores, shared.keys(), first_row, queries);
+      warpgroup_commit();
+      start_dots<T>(products, shared.values(), first_row, grad_out);
+      warpgroup_commit();
+      warpgroup_wait<1>();  // scores
+      if (first < full.begin || first + kQueries > full.end) {
+        weights_of_scores<Layout, kCapped, true>(scores, kept, statistics, factor, scale, visible);
+        warpgroup_wait<0>();
+        gradients_of_scores<T, Layout, kCapped, true>(kept, products, statistics, scale, visible, weights, gradients);
+      } else {
+        weights_of_scores<Layout, kCapped, false>(scores, kept, statistics, factor, scale, visible);
+        warpgroup_wait<0>();
+        gradients_of_scores<T, Layout, kCapped, false>(kept, products, statistics, scale, visible, weights, gradients);
+      }
+      const auto tile_of_scores = shared.scores(step % 2);
+      mbarrier_wait(shared.scores_empty(step % 2), step / 2 % 2 ^ 1);
+#pragma unroll
+      for (int k = 0; k < kQueries / 16; ++k)
+        stmatrix_x4(tile_of_scores.chunk(my_row + lane() % 16, 2 * k + lane() / 16), gradients[k]);
+      fence_async_proxy();
+      __syncwarp();
+      if (lane() == 0) mbarrier_arrive(shared.scores_full(step % 2));
+      warpgroup_fence();
+      start_weighted_sum<T>(grad_v, weights, grad_out, step > 0);
+      start_weighted_sum<T>(grad_k, gradients, queries, step > 0);
+      warpgroup_commit();
+      if (++tile == end_tile) tile = first_tile;
+    }
+    float sums[32];
+    const int then = step - kLag;
+    const bool sums_too = kLag == 0 || then >= 0;
+    if (sums_too) {
+      mbarrier_wait(shared.scores_full(then & 1), then / 2 % 2);
+      const auto tile_of_scores = shared.scores(then & 1);
+      warpgroup_fence();
+      const int query_slab = (kQueries == 128 ? warpgroup : 0) * Layout::Scores::kSlabBytes;
+      const int column_slab = (kD == 128 ? warpgroup : 0) * Layout::Own::kSlabBytes;
+#pragma unroll
+      for (int k = 0; k < kOwnRows / 16; ++k)
+        warpgroup_product<64, T, Major::mn, Major::mn>(sums, advanced(tile_of_scores.by_columns(k), query_slab),
+                                                       advanced(shared.keys().by_columns(k), column_slab), k > 0);
+      warpgroup_commit();
+    }
+    warpgroup_wait<0>();
+    if (lane() == 0) {
+      if (kLag == 0 || step < steps) mbarrier_arrive(shared.empty(place.stage));
+      if (sums_too) mbarrier_arrive(shared.scores_empty(then & 1));
+    }
+    if (kLag == 0 || step < steps) place.advance();
+    if (sums_too) {
+      mbarrier_wait(shared.share_empty(warpgroup), (then & 1) ^ 1);
+      const uint32_t share = shared.share(warpgroup) + thread() % kWarpgroup * 16;
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+        store_shared(share + j * (kWarpgroup * 16),
+                     Bytes16{{__float_as_uint(sums[4 * j]), __float_as_uint(sums[4 * j + 1]),
+                              __float_as_uint(sums[4 * j + 2]), __float_as_uint(sums[4 * j + 3])}});
+      fence_async_proxy();
+      __syncwarp();
+      if (lane() == 0) mbarrier_arrive(shared.share_full(warpgroup));
+    }
+  }
+  if (steps == 0) {
+    clear(grad_k);
+    clear(grad_v);
+  }
+  // The other warpgroup may still be reading our keys for its last sums: rows of K are not ours alone here.
+  barrier_sync(1, kConsumers * kWarpgroup);
+
+  const int rows = w.sequence.Tk - w.first - my_row;
+  const int64_t sequence = w.sequence.index, token = w.sequence.first_k + w.first + my_row;
+  const float one[2] = {1.0f, 1.0f}, scales[2] = {p.scale, p.scale};
+  store_tile_rows<T>(shared.keys(), my_row, grad_k, scales, row_of<T>(p.grad_k, sequence, w.kv_head, token),
+                     p.grad_k.token_stride, rows, static_cast<int>(p.D));
+  store_tile_rows<T>(shared.values(), my_row, grad_v, one, row_of<T>(p.grad_v, sequence, w.kv_head, token),
+                     p.grad_v.token_stride, rows, static_cast<int>(p.Dv));
+}
+
+template <class T, class Layout, bool kCapped>
+__global__ void __launch_bounds__(kHopperThreads, 1)
+    attention_grad_joint_kernel(const AttentionBackwardParams p, const __grid_constant__ TensorMap k_map,
+                                const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap q_map,
+                                const __grid_constant__ TensorMap grad_out_map) {
+  char* const bytes = dynamic_shared<char>();
+  const uint32_t skip = -shared_address(bytes) % kSharedAlignment;
+  const Layout shared{shared_address(bytes) + skip};
+  KeysWork& work = *reinterpret_cast<KeysWork*>(bytes + skip + Layout::kWorkAt);
+  static_assert(sizeof(KeysWork) <= Layout::kWorkBytes);
+  if (thread() == 0) {
+    work = KeysWork::of(p, shared);
+    shared.initialise_barriers();
+  }
+  __syncthreads();
+  if (work.nothing()) return;
+  if (thread() >= kConsumers * kWarpgroup) {
+    registers_shrink<kProducerRegisters>();
+    const int worker = warp() - kConsumers * 4;
+    if (worker == 0 && lane() == 0) produce_queries(p, work, shared, &k_map, &v_map, &q_map, &grad_out_map);
+    if (worker == 1 && work.first_tile < work.end_tile) {
+      inspect_own_keys<T>(shared);
+      if (work.inspects) inspect_queries(work, shared, bytes + skip, 0);
+    }
+    if (worker >= 2 && lane() == 0) add_shares(p, work, shared, worker - 2);
+  } else {
+    registers_grow<kConsumerRegisters>();
+    consume_jointly<T, kCapped>(p, work, shared);
+  }
+}
+
+// Sums to grad_q: a block a warpgroup's share of a tile, 64 queries by 64 columns.
+template <class T, int kD>
+__global__ void __launch_bounds__(kWarpgroup) round_query_sums_kernel(const AttentionBackwardParams p) {
+  constexpr int kQueries = 8192 / kD, kTilesOfSlot = kSlotRows / kQueries;
+  const int64_t slot = blockIdx.x / (2 * kTilesOfSlot), head = blockIdx.y;
+  const int tile = static_cast<int>(blockIdx.x / 2 % kTilesOfSlot), part = static_cast<int>(blockIdx.x % 2);
+  const TokenTile place = slot_place(p, slot);
+  const Sequence sequence = sequence_of(p, place.sequence);
+  const int first = place.first + tile * kQueries + (kQueries == 128 ? part * 64 : 0) + warp() * 16;
+  const int column = kD == 128 ? part * 64 : 0;
+  const float* const from = query_sums<kD>(p, head, sequence) +
+                            int64_t{place.first + tile * kQueries} * kD + part * 4096 + thread() * 4;
+  if (place.first + tile * kQueries >= sequence.Tq) return;
+  const QueryStatistics* const statistics = slots_of(p, head, sequence) + first + lane() / 4;
+  float sums[32];
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const Bytes16 four = load_streaming<Bytes16>(from + j * (kWarpgroup * 4));
+#pragma unroll
+    for (int e = 0; e < 4; ++e)  // a row that passes no gradient has zeros, whatever it holds
+      sums[4 * j + e] = statistics[e / 2 * 8].lse == infinity() ? 0.0f : __uint_as_float(four.word[e]);
+  }
+  char* const bytes = dynamic_shared<char>();
+  const SlabTile<64, 64> shared{shared_address(bytes) + (-shared_address(bytes) % kSharedAlignment)};
+  const float factor[2] = {p.scale, p.scale};
+  const int64_t token = sequence.first_q + first;
+  store_tile_rows<T>(shared, warp() * 16, sums, factor,
+                     row_of<T>(p.grad_q, place.sequence, head, token) + column, p.grad_q.token_stride,
+                     sequence.Tq - first, static_cast<int>(p.D) - column);
+}
+
+}  // namespace llmfast::cuda
