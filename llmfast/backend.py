@@ -1,7 +1,8 @@
 """What runs where: the native module, its dispatch tables, and a count of everything that did not run natively.
 
 Environment:
-    LLMFAST_CPU_ISA: ``ref``, ``avx2``, ``avx512`` or ``amx``: the best instruction set that may be used (a cap).
+    LLMFAST_CPU_ISA: ``ref``, ``avx2``, ``avx512``, ``avx512bf16`` or ``amx``: the best instruction set that may be
+    used (a cap).
     LLMFAST_STRICT: ``1`` makes a fallback to plain torch an error.
 """
 
@@ -33,7 +34,7 @@ __all__ = [
     "why_not_native",
 ]
 
-ISAS = ("ref", "avx2", "avx512", "amx")
+ISAS = ("ref", "avx2", "avx512", "avx512bf16", "amx")
 
 # Looked for once, as a file: torch.compile may ask before anything has run.
 _CUDA_WAS_BUILT = importlib.util.find_spec("llmfast._cuda") is not None

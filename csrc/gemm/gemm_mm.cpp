@@ -124,7 +124,7 @@ void gemm_rectangle(MatrixRef a, const Kernel::Packed* packed_b, int64_t K, Rang
             float* out = into_c ? plain.c + (m0 + i * R) * plain.ldc + n : last ? scratch[flip] : tile;
             Kernel::LeftPanel left = {packed_a + p * m_panels * R + i * R * sub, nullptr, 0};
             if (unpacked && valid_rows == R) left = {nullptr, unpacked + (m0 + i * R) * a.row_stride + k0 + p, a.row_stride};
-            Kernel::multiply(left, b, sub, first ? nullptr : tile, out, into_c ? plain.ldc : N, next_b + i * next_share,
+            Kernel::multiply(left, valid_rows, b, sub, first ? nullptr : tile, out, into_c ? plain.ldc : N, next_b + i * next_share,
                              next_share, pending);
             if (last && !into_c) {
               pending = {&epilogue, out, m0 + i * R, n, n_count, 0, static_cast<int>(valid_rows)};

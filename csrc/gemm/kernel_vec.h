@@ -87,7 +87,7 @@ struct Kernel {
   }
 
   template <class Pending>
-  static void multiply(LeftPanel a, const float* b, int64_t depth, const float* c_in, float* c_out, int64_t ldc,
+  static void multiply(LeftPanel a, int64_t, const float* b, int64_t depth, const float* c_in, float* c_out, int64_t ldc,
                        const float*, int64_t, Pending& pending) {
     pending.finish();
     if (a.rows) {

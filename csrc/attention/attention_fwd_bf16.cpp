@@ -15,8 +15,8 @@
 //
 // Memory: S^T and P^T of two steps, a panel's Q^T and O^T stay in L1 (36 KiB at D = 64); a segment's K and V^T and the
 // item's panels in L2. Nothing grows with Tq or Tk.
-// Limits: bf16; head dims up to 256 (kMostTileHeadDim), padded to multiples of 32 with zeros.
-#include "attention/product_amx.h"
+// Limits: bf16; head dims up to 256 (kMostBlockHeadDim), padded to multiples of 32 with zeros.
+#include "attention/product_bf16.h"
 #include "attention/schedule.h"
 #include "core/workspace.h"
 
@@ -327,7 +327,8 @@ void attention_forward(const AttentionParams& p) {
     return (HeadGroup(p, s, 0).rows + item_rows - 1) / item_rows;
   });
   for_each_item(items.count(), threads, [&](int64_t index) {
-    const TileConfig tiles;
+    const BlockState state;
+    (void)state;
     const Item item = items[index];
     const HeadGroup group(p, item.sequence, item.kv_head);
     // The last rows of a causal group see the most keys: they go first.

@@ -19,8 +19,8 @@
 //
 // Memory: a tile's operands and sums and two blocks' P^T and dS^T stay in L1 or close; a chunk's operands and its
 // grad_q (12 bytes a row and dim) in L2; an item sums Tk x (D + Dv) floats.
-// Limits: bf16; head dims up to 256 (kMostTileHeadDim), padded to multiples of 32 with zeros.
-#include "attention/differentiation_amx.h"
+// Limits: bf16; head dims up to 256 (kMostBlockHeadDim), padded to multiples of 32 with zeros.
+#include "attention/differentiation_bf16.h"
 #include "attention/key_gradients.h"
 #include "core/workspace.h"
 
@@ -70,7 +70,7 @@ class PendingSums {
     int64_t depth;
   };
   int64_t next_ = 0, count_ = 0;
-  Product products_[(2 * kKeyBlocks + kPanels) * blocks_of(kMostTileHeadDim)];
+  Product products_[(2 * kKeyBlocks + kPanels) * blocks_of(kMostBlockHeadDim)];
 };
 
 struct Square {
@@ -344,7 +344,8 @@ void attention_backward(const AttentionBackwardParams& p) {
   differentiate_groups<KeyGradients>(
       p, 1 << 19, kRows, kKeys,
       [&](const HeadGroup& g, float* sums, const Item& item) {
-        const TileConfig tiles;
+        const BlockState state;
+        (void)state;
         const int64_t chunk_rows = rows_of_chunk(p, g.rows, item.chunks);
         BackwardItem(g, p, KeyGradients(sums, g.Tk, p.D), chunk_rows).run(item.chunk, item.chunks);
       },
