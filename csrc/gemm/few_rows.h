@@ -1,8 +1,7 @@
 // Products with few rows of A (decode, small batches), where B = W^T for a weight W[N,K] with contiguous rows: dot
 // products straight from W, nothing packed. The target being compiled decides how:
 //
-//   kFewRows                                 most rows of A for which this is faster than packing W
-//   gemm_few_rows(a, b, size, epilogue)      C = epilogue(A * B)
+//   gemm_few_rows(a, b, size, epilogue)      C = epilogue(A * B), for up to Kernel::kFewRows rows of A
 #pragma once
 
 #if defined(LLMFAST_TARGET_AVX512BF16) || defined(LLMFAST_TARGET_AMX)

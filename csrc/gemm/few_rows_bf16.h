@@ -11,9 +11,9 @@
 
 namespace llmfast::LLMFAST_TARGET {
 
-constexpr int kFewRows = 64;
 constexpr int kDotRows = 4;
 constexpr int kSquare = 4;
+constexpr int64_t kDepthOfSquares = 2048;  // kSquare rows of W of this length are half of L1
 
 // Lane i of the result is the sum of the lanes of sums[i].
 inline __m512 sum_each(const __m512 (&sums)[16]) {
@@ -84,9 +84,10 @@ void dot_columns(Rows x, Rows w, int64_t K, int64_t count, float* out, int64_t l
   }
 }
 
-// The same for kSquare rows of x and of w, of which the first `rows` and `cols` are real; others repeat the last.
-inline __attribute__((noinline)) void dot_square(Rows x, Rows w, int64_t rows, int64_t cols, int64_t K, float* out,
-                                                 int64_t ldo) {
+// The same for kSquare rows of x and of w, of which the first `rows` and `cols` are real; others repeat the last. Meanwhile
+// reads `ahead_rows` rows ahead into L2.
+inline __attribute__((noinline)) void dot_square(Rows x, Rows w, int64_t rows, int64_t cols, int64_t K, Rows ahead,
+                                                 int64_t ahead_rows, bool add_to_out, float* out, int64_t ldo) {
   const bf16 *left[kSquare], *right[kSquare];
   for (int i = 0; i < kSquare; ++i) {
     left[i] = x[i < rows ? i : rows - 1];
@@ -109,7 +110,10 @@ inline __attribute__((noinline)) void dot_square(Rows x, Rows w, int64_t rows, i
     }
   };
   int64_t k = 0;
-  for (; k + kBlock <= K; k += kBlock) add(k, ~__mmask32{0});
+  for (; k + kBlock <= K; k += kBlock) {
+    for (int64_t i = 0; i < ahead_rows; ++i) __builtin_prefetch(ahead[i] + k, 0, 2);
+    add(k, ~__mmask32{0});
+  }
   if (k < K) add(k, first_bf16_lanes(K - k));
   __m512 sums[16];
 #pragma GCC unroll 4
@@ -119,17 +123,19 @@ inline __attribute__((noinline)) void dot_square(Rows x, Rows w, int64_t rows, i
   float totals[16];
   _mm512_storeu_ps(totals, sum_each(sums));
   for (int64_t m = 0; m < rows; ++m)
-    for (int64_t j = 0; j < cols; ++j) out[m * ldo + j] = totals[m * kSquare + j];
+    for (int64_t j = 0; j < cols; ++j)
+      out[m * ldo + j] = totals[m * kSquare + j] + (add_to_out ? out[m * ldo + j] : 0.0f);
 }
 
 inline void dot_squares(Rows x, int64_t M, Rows w, int64_t K, int64_t count, float* out, int64_t ldo) {
   const auto at_most = [](int64_t left) { return left < kSquare ? left : kSquare; };
-  for (int64_t j = 0; j < count; j += kSquare) {
-    for (int64_t k = 0; k < K; k += kBlock)
-      for (int i = 0; i < kSquare; ++i) __builtin_prefetch(w[j + kSquare + i] + k);
-    for (int64_t m = 0; m < M; m += kSquare)
-      dot_square({x[m], x.stride}, {w[j], w.stride}, at_most(M - m), at_most(count - j), K, out + m * ldo + j, ldo);
-  }
+  const int64_t squares = (M + kSquare - 1) / kSquare, share = (kSquare + squares - 1) / squares;  // of the rows ahead
+  for (int64_t j = 0; j < count; j += kSquare)
+    for (int64_t k = 0; k < K; k += kDepthOfSquares)
+      for (int64_t m = 0, ahead = 0; m < M; m += kSquare, ahead += share)
+        dot_square({x[m] + k, x.stride}, {w[j] + k, w.stride}, at_most(M - m), at_most(count - j),
+                   K - k < kDepthOfSquares ? K - k : kDepthOfSquares, {w[j + kSquare + ahead] + k, w.stride},
+                   ahead < kSquare ? share : 0, k > 0, out + m * ldo + j, ldo);
 }
 
 // Rows of A with contiguous K: in place, or copied.
@@ -147,7 +153,7 @@ inline void gemm_few_rows(MatrixRef a, MatrixRef b, GemmSize size, EpilogueRef e
   constexpr int64_t kPanel = Kernel::kCols;
   const int64_t panels = (size.N + kPanel - 1) / kPanel;
   parallel_for(panels, 1 + (int64_t{1} << 15) / (kPanel * size.K), [&](int64_t first, int64_t last) {
-    alignas(64) float out[kFewRows * kPanel];
+    alignas(64) float out[Kernel::kFewRows * kPanel];
     for (int64_t n = first * kPanel; n < last * kPanel && n < size.N; n += kPanel) {
       const int64_t count = size.N - n < kPanel ? size.N - n : kPanel;
       const Rows rows = {w[n], w.stride};

@@ -1,5 +1,5 @@
 // Products with few rows of A (decode, small batches), where B = W^T for a weight W[N,K] with contiguous rows: dot products
-// straight from W, no packing. W is read from memory once for up to kFewRows rows; with 1 to kDotRows of them that is
+// straight from W, no packing. W is read from memory once for up to Kernel::kFewRows rows; with 1 to kDotRows of them that is
 // what the time goes into.
 //
 // Up to kDotRows rows take one row of W at a time: one stream is what the prefetcher follows (Zen 3, bf16, K = 576,
@@ -11,7 +11,6 @@
 
 namespace llmfast::LLMFAST_TARGET {
 
-constexpr int kFewRows = 16;
 constexpr int kDotRows = 4;
 
 // out[m] = sum_k x[m][k] * w[k] for kM rows of x (float32); several sums along K hide the latency of fma.
@@ -105,7 +104,7 @@ template <class T>
 void few_rows(const float* x, const T* w, int64_t ldw, GemmSize size, EpilogueRef epilogue) {
   const int64_t panels = (size.N + Kernel::kCols - 1) / Kernel::kCols;
   parallel_for(panels, 1 + (int64_t{1} << 15) / (Kernel::kCols * size.K), [&](int64_t first, int64_t last) {
-    float out[kFewRows * Kernel::kCols];
+    float out[Kernel::kFewRows * Kernel::kCols];
     for (int64_t n = first * Kernel::kCols; n < last * Kernel::kCols && n < size.N; n += Kernel::kCols) {
       const int64_t count = size.N - n < Kernel::kCols ? size.N - n : Kernel::kCols;
       const T* rows = w + n * ldw;

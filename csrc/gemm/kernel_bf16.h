@@ -16,8 +16,9 @@ struct Kernel {
   static constexpr int kCols = kBlock;
   static constexpr int kDepth = kBlock;
   static constexpr bool kTakesRows = false, kStoresRows = true;
-  static constexpr int64_t kDepthInL1 = 512;
-  static constexpr int64_t kBlockBytes = 768 << 10;
+  static constexpr int64_t kFewRows = 48;
+  static constexpr int64_t kDepthInL1 = 768;
+  static constexpr int64_t kBlockBytes = 512 << 10;
 
   static bool supports(DType dtype) { return dtype == DType::bf16; }
 

@@ -65,6 +65,7 @@ struct Kernel {
   static constexpr int kCols = kVecs * Vec::kLanes;
   static constexpr int kDepth = 1;
   static constexpr bool kTakesRows = true, kStoresRows = true;
+  static constexpr int64_t kFewRows = 16;
   static constexpr int64_t kDepthInL1 = 256;
   static constexpr int64_t kBlockBytes = Vec::kRegisters == 32 ? 640 << 10 : 256 << 10;
   static_assert(kRows * kVecs + kVecs + 1 <= Vec::kRegisters);
