@@ -23,6 +23,7 @@ import torch
 __all__ = [
     "count_fallback",
     "fallbacks",
+    "fastest_dtype",
     "force",
     "implementations",
     "info",
@@ -101,6 +102,11 @@ def _why_not_on_gpu(index: int) -> str | None:
 def stream_of(tensor: torch.Tensor) -> int:
     """The handle of the caller's current stream on the device of `tensor`, as the native functions take it."""
     return torch._C._cuda_getCurrentRawStream(tensor.device.index) if tensor.is_cuda else 0
+
+
+def fastest_dtype() -> str:
+    """The dtype in which this processor multiplies matrices fastest: ``bfloat16`` where it has instructions for it."""
+    return "bfloat16" if ISAS.index(native().active_isa()) >= ISAS.index("avx512bf16") else "float32"
 
 
 def keep_freed_memory() -> bool:

@@ -86,7 +86,7 @@ def main(config: DemoConfig) -> int:
     started = time.perf_counter()
     console = Console(highlight=False, soft_wrap=True)
     out = _free_folder(config.out)
-    dtype = torch.bfloat16 if backend.native().active_isa() == "amx" else torch.float32
+    dtype = getattr(torch, backend.fastest_dtype())
 
     _headline(console, 1, "this machine")
     machine = _machine()

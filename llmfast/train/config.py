@@ -95,7 +95,7 @@ class PretrainConfig:
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of weights and activations (the optimiser and the residual stream are float32 always). auto: bfloat16 where the
-    processor has matrix units for it (AMX), else float32, which is faster there."""
+    processor multiplies it (AMX, AVX512-BF16), else float32, which is faster there."""
     threads: int | None = None
     """Threads; default: torch's."""
     torch_compile: bool = False

@@ -107,8 +107,7 @@ def open_run(
 ) -> Iterator[Run]:
     """Hold the folder that `config` names and yield the run in it, new or as its checkpoint left it."""
     if config.dtype == "auto":
-        dtype = "bfloat16" if backend.native().active_isa() == "amx" else "float32"
-        config = dataclasses.replace(config, dtype=dtype)
+        config = dataclasses.replace(config, dtype=backend.fastest_dtype())
     folder = run_folder(config)
     begun = (folder / ENVIRONMENT_FILE).exists() or (folder / "checkpoints").is_dir()
     if config.resume is None or not begun:
