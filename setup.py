@@ -65,7 +65,7 @@ TARGET_FLAGS = {
 }
 EMULATED_TARGETS = ("avx512", "avx512bf16", "amx")
 if EMULATE:
-    TARGET_FLAGS.update(dict.fromkeys(EMULATED_TARGETS, [*EMULATED_FLAGS, "-DLLMFAST_WIDTH=512"]))
+    TARGET_FLAGS.update({target: [*EMULATED_FLAGS, "-DLLMFAST_WIDTH=512"] for target in EMULATED_TARGETS})
 
 SANITIZER_FLAGS = ["-fsanitize=address,undefined"] if SANITIZE else []
 # Targets that are checked: without the emulation the others rarely run, and they take most of the compile time.

@@ -168,9 +168,8 @@ void gemm_rectangle(MatrixRef a, const Kernel::Packed* packed_b, int64_t K, Rang
 
 // How many threads share the rows; the rest of the factor shares the columns.
 static int row_parts(GemmSize size, int threads) {
-  constexpr int64_t kRowsWorthAPart = 16 * Kernel::kRows;
   for (int parts = threads; parts > 1; --parts)
-    if (threads % parts == 0 && size.M >= parts * kRowsWorthAPart) return parts;
+    if (threads % parts == 0 && size.M >= parts * kRowsWorthAThread) return parts;
   return 1;
 }
 

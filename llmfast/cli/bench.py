@@ -45,8 +45,7 @@ class BenchConfig:
     """Only these ops, separated by commas: linear, ffn, attention, varlen_attention, add_layer_norm, add_rms_norm,
     linear_cross_entropy, AdamW. For scale, these sweeps: parameters, T (sequence length), B (batch), threads."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Only this dtype; default: float32 and bfloat16; for scale the one that products are
-    fastest in."""
+    """Only this dtype; default: float32 and bfloat16; for scale the one that multiplies fastest."""
     threads: int | None = None
     """Threads of llmfast and of its peers; default: torch's."""
     compile: bool = False
