@@ -1,4 +1,4 @@
-// Masked attention, backward, on AMX tiles, bf16; see attention.h for the formula.
+// Masked attention, backward, in bf16 blocks, for AMX and AVX512_BF16; see attention.h for the formula.
 //
 // A thread owns an item: a part of one head group's query rows, in chunks of whole blocks of kRows rows, against all
 // the group's keys. Chunks are dealt out back and forth, so that the parts of a causal group weigh the same.
@@ -13,7 +13,7 @@
 //         grad_q^T[D][lanes] += K^T dS^T
 //     grad_q of the chunk: scaled, transposed back, stored
 //   grad_k and grad_v: scaled and stored by the item, or, if the group has several, added up part by part afterwards
-// The squares of a tile run as a pipeline: while one's P^T and dS^T are computed, which is vector work, the tile unit
+// The squares of a tile run as a pipeline: while one's P^T and dS^T are computed, which is vector work, AMX's tile unit
 // does S^T and dP^T of the next square and a share of the sums of the previous block. The order of all sums depends on
 // the number of threads alone.
 //

@@ -1,4 +1,4 @@
-// Masked attention, forward, on AMX tiles, bf16; see attention.h for the formula.
+// Masked attention, forward, in bf16 blocks, for AMX and AVX512_BF16; see attention.h for the formula.
 //
 // A thread owns an item: up to kItemRows query rows of one head group, in panels of kWidth rows, one row a lane.
 //   pack Q^T of all panels                                                       VNNI form, unscaled
@@ -9,7 +9,7 @@
 //       scale, softcap, mask, band; running maximum; P^T = 2^(S^T - maximum)     everything vertical: a lane is a query
 //       O^T[Dv][lanes] += V^T P^T                                                P^T in VNNI form, bf16
 //   out = O^T / sum, transposed back; lse
-// The steps of a segment run as a pipeline: while one step's scores are exponentiated, which is vector work, the tile
+// The steps of a segment run as a pipeline: while one step's scores are exponentiated, which is vector work, AMX's tile
 // unit does S^T of the next step and V^T P^T of the previous one. A lane's maximum is raised only where it would grow
 // by more than kSlack, so sums are rarely rescaled. A lane's result depends on no other lane, nor on the item's extent.
 //
