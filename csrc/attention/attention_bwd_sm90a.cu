@@ -14,7 +14,7 @@
 namespace llmfast::cuda {
 namespace {
 
-constexpr int64_t kMostGridRows = 65536;
+constexpr int64_t kMostGridRows = 65536, kBlocksOfSection = 264;
 
 struct Maps {
   TensorMap k, v, q, grad_out;
@@ -50,8 +50,12 @@ void launch_queries(const AttentionBackwardParams& p, const Stream& stream) {
 template <class T, class Layout, bool kCapped>
 void launch_jointly(const AttentionBackwardParams& p, const Stream& stream) {
   const Maps maps(p, kOwnRows, Layout::kQueries);
-  launch(stream, grid_of(p, p.Tk, p.Hkv), kHopperThreads, size_t{Layout::kBytes},
-         attention_grad_joint_kernel<T, Layout, kCapped>, p, maps.k, maps.v, maps.q, maps.grad_out);
+  const Grid grid = grid_of(p, p.Tk, p.Hkv);
+  const int64_t heads = int64_t{grid.y} * grid.z, wanted = Layout::kOrdered ? kBlocksOfSection / grid.x : 1;
+  const int section = static_cast<int>(wanted < 1 ? 1 : wanted < heads ? wanted : heads);
+  launch(stream, {static_cast<unsigned>(grid.x * heads)}, kHopperThreads, size_t{Layout::kBytes},
+         attention_grad_joint_kernel<T, Layout, kCapped>, p, maps.k, maps.v, maps.q, maps.grad_out,
+         static_cast<int>(grid.x), section);
 }
 template <class T, int kD>
 void launch_rounding(const AttentionBackwardParams& p, const Stream& stream) {

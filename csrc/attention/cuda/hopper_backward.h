@@ -136,18 +136,21 @@ struct QueryStatistics {
   float lse;  // in the log2 domain
   float delta;
 };
-constexpr int kSlotRows = 128;
+constexpr int kSlotRows = 128, kSlotTurns = 4;  // turns: hopper_backward_joint.h
 
 // Slots of a head: packed sequences have those that token_tile() numbers.
 __host__ __device__ inline int64_t slots_of_head(int64_t sequences, int64_t tokens, bool packed) {
   return tile_count(sequences, tokens, packed, kSlotRows);
 }
 
+__device__ inline const QueryStatistics* slots_of_workspace(const AttentionParams& p) {
+  return reinterpret_cast<const QueryStatistics*>(p.workspace);
+}
 __device__ inline const QueryStatistics* slots_of(const AttentionParams& p, int64_t head, const Sequence& sequence) {
   const int64_t slots = slots_of_head(p.B, p.Tq, p.first_q != nullptr);
   const int64_t first = p.first_q ? sequence.first_q / kSlotRows + sequence.index
                                   : sequence.index * ((p.Tq + kSlotRows - 1) / kSlotRows);
-  return reinterpret_cast<const QueryStatistics*>(p.workspace) + (head * slots + first) * kSlotRows;
+  return slots_of_workspace(p) + (head * slots + first) * kSlotRows;
 }
 
 // The sequence of one of a head's slots, and its first token there.
@@ -159,7 +162,8 @@ __device__ inline TokenTile slot_place(const AttentionParams& p, int64_t slot) {
 
 constexpr int kSlotThreads = 256;
 
-// kLanes lanes a row, eight elements each: Dv <= 8 kLanes. `sums`: 8 kLanes floats a row, to be zeroed, or null.
+// kLanes lanes a row, eight elements each: Dv <= 8 kLanes. `sums`: 8 kLanes floats a row, and behind them the turns, to
+// be zeroed, or null.
 template <class T, int kLanes>
 __global__ void __launch_bounds__(kSlotThreads) query_statistics_kernel(const AttentionBackwardParams p, float* sums) {
   const int64_t slots = slots_of_head(p.B, p.Tq, p.first_q != nullptr), rows = slots * kSlotRows;
@@ -168,10 +172,14 @@ __global__ void __launch_bounds__(kSlotThreads) query_statistics_kernel(const At
   const TokenTile place = slot_place(p, slot);
   const Sequence sequence = sequence_of(p, place.sequence);
   const int token = place.first + static_cast<int>(index % kSlotRows);
-  if (sums)
+  if (sums) {
+    int* const turns = reinterpret_cast<int*>(sums + p.Hq * rows * (8 * kLanes));
+    if (index % (kSlotRows / kSlotTurns) == 0) turns[index / (kSlotRows / kSlotTurns)] = 0;
+    if (index == 0) turns[p.Hq * slots * kSlotTurns] = 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half)
       store_streaming(sums + index * (8 * kLanes) + (half * kLanes + threadIdx.x % kLanes) * 4, Bytes16{{0, 0, 0, 0}});
+  }
   const bool exists = token < sequence.Tq;
   float delta = 0.0f;
   if (exists) {

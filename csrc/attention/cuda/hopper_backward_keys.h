@@ -17,7 +17,7 @@ namespace llmfast::cuda {
 // registers that a kD of 128 or tiles of 128 do not leave.
 template <int kD_, int kQueries_, int kStages_, bool kDrains_ = true>
 struct KeysLayout {
-  static constexpr bool kDrains = kDrains_;
+  static constexpr bool kDrains = kDrains_, kDescends = false;
   static constexpr int kInspectors = 3;
   static constexpr int kD = kD_, kQueries = kQueries_, kStages = kStages_;
   using Own = SlabTile<kOwnRows, kD>;
@@ -62,15 +62,15 @@ struct KeysWork {
   bool inspects;             // some tile may hold rows that pass no gradient: of another sequence, or that see no key
 
   template <class Layout>
-  __device__ static KeysWork of(const AttentionParams& p, Layout) {
+  __device__ static KeysWork of(const AttentionParams& p, Layout, int block_tile, int kv_head, int block_sequence) {
     constexpr int kQueries = Layout::kQueries;
     KeysWork w;
-    w.kv_head = static_cast<int>(blockIdx.y), w.group = static_cast<int>(p.Hq) / static_cast<int>(p.Hkv);
+    w.kv_head = kv_head, w.group = static_cast<int>(p.Hq) / static_cast<int>(p.Hkv);
     if (p.first_k) {
-      const TokenTile tile = token_tile(blockIdx.x, p.B, p.Tk, p.first_k, kOwnRows);
+      const TokenTile tile = token_tile(block_tile, p.B, p.Tk, p.first_k, kOwnRows);
       w.sequence = sequence_of(p, tile.sequence), w.first = tile.first;
     } else {  // under a causal mask the first is the longest
-      w.sequence = sequence_of(p, blockIdx.z), w.first = static_cast<int>(blockIdx.x) * kOwnRows;
+      w.sequence = sequence_of(p, block_sequence), w.first = block_tile * kOwnRows;
     }
     const int Tq = w.sequence.Tq, Tk = w.sequence.Tk, end = w.first + kOwnRows < Tk ? w.first + kOwnRows : Tk;
     w.first_tile = w.end_tile = 0, w.full = {0, 0}, w.inspects = false;
@@ -78,13 +78,18 @@ struct KeysWork {
     const Span seen = w.band(p).seen_by_any(w.first, end);
     const bool others = p.first_k && w.first + kOwnRows > Tk;  // rows of the next sequence, that nothing sees
     if (!others) w.full = w.band(p).seen_by_all(w.first, end);
-    if (seen.empty()) return w;
+    if (seen.empty() || p.left + p.right < 0) return w;
     w.first_tile = seen.begin / kQueries, w.end_tile = (seen.end + kQueries - 1) / kQueries;
     const int last = w.end_tile * kQueries < Tq ? w.end_tile * kQueries - 1 : Tq - 1;
     const Band keys{Tq, Tk, p.left, p.right};
     w.inspects = (p.first_q && w.end_tile * kQueries > Tq) || keys.keys_of(w.first_tile * kQueries).empty() ||
                  keys.keys_of(last).empty();
     return w;
+  }
+  // Tiles of queries in the order in which a head's are taken.
+  template <class Layout>
+  __device__ int tile(Layout, int i) const {
+    return Layout::kDescends ? end_tile - 1 - i : first_tile + i;
   }
   __device__ bool nothing() const { return first >= sequence.Tk; }
   __device__ Band band(const AttentionParams& p) const {  // of the keys: its keys are our queries
@@ -107,8 +112,8 @@ __device__ void produce_queries(const AttentionParams& p, const KeysWork& w, Lay
     const int head = w.kv_head * w.group + member;
     const QueryStatistics* const statistics = slots_of(p, head, w.sequence);
 #pragma unroll 1
-    for (int tile = w.first_tile; tile < w.end_tile; ++tile, place.advance()) {
-      const int stage = place.stage, first = tile * Layout::kQueries;
+    for (int i = 0; i < w.end_tile - w.first_tile; ++i, place.advance()) {
+      const int stage = place.stage, first = w.tile(shared, i) * Layout::kQueries;
       mbarrier_wait(shared.empty(stage), place.parity ^ 1);
       mbarrier_arrive_expect(shared.full(stage), Layout::kStageBytes);
       shared.queries(stage).load(q_map, shared.full(stage), first_q + first, head, sequence);
@@ -144,8 +149,8 @@ __device__ void inspect_queries(const KeysWork& w, Layout shared, const char* by
 
 // Scores to weights, and weights and products to gradients of scores; columns are queries, and with kHides those
 // outside a row's range get zeros. `factor`: of a row's products. `kept`: the weights, or with kCapped
-// tanh(score / cap). Registers of products are only read: ptxas serialises products whose accumulators other instructions
-// write while some are under way.
+// tanh(score / cap). Registers of products are only read: ptxas serialises products whose accumulators other
+// instructions write while some are under way.
 template <class Layout, bool kCapped, bool kHides>
 __device__ __forceinline__ void weights_of_scores(const float (&scores)[Layout::kQueries / 2],
                                                   float (&kept)[Layout::kQueries / 2], uint32_t statistics,
@@ -283,7 +288,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   KeysWork& work = *reinterpret_cast<KeysWork*>(bytes + skip + Layout::kWorkAt);
   static_assert(sizeof(KeysWork) <= Layout::kWorkBytes);
   if (thread() == 0) {
-    work = KeysWork::of(p, shared);
+    work = KeysWork::of(p, shared, blockIdx.x, blockIdx.y, blockIdx.z);
     shared.initialise_barriers();
   }
   __syncthreads();
