@@ -1,104 +1,152 @@
-"""llmfast's ops against torch's on a GPU; run by ``benchmarks/gpu``, or alone: ``python benchmarks/gpu_ops.py [FOLDER]``.
+"""llmfast's ops against torch's on a GPU; run by ``benchmarks/gpu``, or alone:
 
-Correctness first, by the error rule against float64; then providers take turns, timed by CUDA events on sets of inputs
-that together exceed the L2 cache. Shares are of limits measured in the same run: a device copy, and torch's product of
-two 8192 x 8192 bfloat16 matrices. One JSON line a case goes to FOLDER/gpu-<device>.jsonl (default: benchmarks/results).
+    python benchmarks/gpu_ops.py [FOLDER] [--no-compile] [--only linear,attention] [--check]
+
+One JSON line a case goes to FOLDER/gpu-<device>.jsonl (default: benchmarks/results); see gpu_harness.py for how cases
+are checked and timed. The most telling cases come first. Attention's TFLOP/s count causal scores as half.
 """
 
 from __future__ import annotations
 
-import re
+import argparse
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
+import gpu_peers as peers
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from gpu_harness import Case, Progress, Report, backward, forward, forward_backward, measured, random
 
 import llmfast
-from llmfast import backend, reference
-from llmfast.bench import rows
-from llmfast.bench.harness import compare, errors, schedule, summary
+from llmfast import reference
 
-L2_BYTES = 256 << 20
-ROUNDS, CALLS = 15, 4
-BF16 = torch.bfloat16
-
-Tensors = tuple[torch.Tensor, ...]
+COMPILE = True
 
 
-@dataclass(frozen=True)
-class Case:
-    """`run[name](*inputs)` gives tensors; the first provider after llmfast is the baseline of the error rule."""
-
-    op: str
-    direction: str
-    dims: dict[str, int]
-    inputs: Callable[[], Tensors]
-    run: dict[str, Callable[..., Tensors]]
-    exact: Callable[..., Tensors]
-    moved: float = 0.0
-    flops: float = 0.0
+def linear_cases():
+    sizes = ((8192, 8192, 8192), (65536, 768, 3072), (65536, 3072, 768), (16384, 4096, 4096), (64, 4096, 4096))
+    for M, K, N in sizes:
+        inputs = lambda M=M, K=K, N=N: (random(M, K), random(N, K, scale=0.02))  # noqa: E731
+        ours, cublas = (lambda x, w: (llmfast.linear(x, w),)), peers.linear
+        for direction, prepare, products in (("forward", forward, 1), ("backward", backward, 2)):
+            run = {"llmfast": prepare(ours), "cuBLAS": prepare(cublas)}
+            moved = 2 * (M * K + N * K + M * N) * (2 if products == 2 else 1)
+            dims = {"M": M, "K": K, "N": N}
+            yield Case("linear", direction, dims, inputs, run, prepare(cublas), moved, 2 * products * M * N * K)
 
 
-def seconds(function: Callable[[], object], calls: int = CALLS) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(calls):
-        function()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3 / calls
+def attention_case(
+    B, Hq, Hkv, T, D, direction, *, which=("flash", "cuDNN"), name="attention", share=0.5, mask=None, **o
+):
+    """`share` of all scores are wanted. `mask`: makes llmfast's mask and the peers', which may differ in what is causal."""
+    prepare, products = {"forward": (forward, 2), "backward": (backward, 5)}[direction]
+    limit = 3 if mask is not None else 99
+
+    def inputs():
+        tensors = random(B, Hq, T, D), random(B, Hkv, T, D), random(B, Hkv, T, D)
+        return tensors if mask is None else (*tensors, mask())
+
+    def pick(tensors):  # the first sequence's first group of heads
+        return tuple(t[:1, : t.shape[1] // Hkv] if t.dim() == 4 and t.shape[1] >= Hkv else t[:1] for t in tensors)
+
+    ours = lambda q, k, v, *m: (llmfast.attention(q, k, v, mask=m[0] if m else None, **o),)  # noqa: E731
+    exact = lambda q, k, v, *m: (reference.attention(q, k, v, mask=m[0] if m else None, **o),)  # noqa: E731
+    wrap = (lambda f: prepare(f)) if prepare is forward else (lambda f: prepare(f, limit))
+    options = {"grouped": Hq != Hkv, "is_causal": o.get("causal", False) and mask is None}
+    run = {"llmfast": wrap(ours), **{n: wrap(peers.sdpa(n, **options)) for n in which}}
+    dims = {"B": B, "Hq": Hq, "Hkv": Hkv, "T": T, "D": D}
+    flops = 2 * products * B * Hq * T * T * D * share
+    return Case(name, direction, dims, inputs, run, wrap(exact), flops=flops, pick=pick)
 
 
-def limits() -> dict[str, float]:
-    a = torch.randn(8192, 8192, dtype=BF16, device="cuda")
-    source = torch.empty(1 << 28, dtype=torch.float32, device="cuda")
-    target = torch.empty_like(source)
-    seconds(lambda: a @ a.t())
-    return {
-        "copy_bytes_per_s": 2 * 4 * source.numel() / min(seconds(lambda: target.copy_(source)) for _ in range(5)),
-        "product_flops_per_s": 2 * 8192**3 / min(seconds(lambda: a @ a.t()) for _ in range(5)),
-    }
+def attention_cases():
+    for D, H in ((128, 16), (64, 32)):
+        for T in (2048, 8192, 4096, 16384) if D == 128 else (1024, 4096, 16384):
+            for direction in ("forward", "backward"):
+                yield attention_case(max(1, 16384 // T), H, H, T, D, direction, causal=True)
 
 
-def random(*shape: int, dtype=BF16, grad=False) -> torch.Tensor:
-    return torch.randn(*shape, device="cuda").to(dtype).requires_grad_(grad)
+def attention_variants():
+    both = ("forward", "backward")
+    for direction in both:
+        yield attention_case(4, 16, 16, 4096, 128, direction, name="attention full", share=1.0)
+        yield attention_case(4, 32, 8, 4096, 128, direction, name="attention grouped", causal=True)
+
+        def band():
+            i = torch.arange(4096, device="cuda")
+            return ((i[:, None] >= i) & (i[:, None] - i < 128))[None, None]
+
+        # The peers have no window: they read it as a mask, and so does the reference.
+        case = attention_case(
+            4, 16, 16, 4096, 128, direction, name="attention window 128", which=("efficient",), share=1 / 32, mask=band
+        )
+        ours = lambda q, k, v, m: (llmfast.attention(q, k, v, window=128),)  # noqa: E731
+        case.run["llmfast"] = forward(ours) if direction == "forward" else backward(ours, 3)
+        yield case
+
+        def padding():
+            return (torch.arange(2048, device="cuda") < torch.tensor([[2048], [1500], [700], [31]], device="cuda"))[
+                :, None, None
+            ]
+
+        yield attention_case(
+            4, 16, 16, 2048, 64, direction, name="attention padding mask", which=("efficient",), share=1.0, mask=padding
+        )
 
 
-def gradients(function: Callable[..., Tensors]) -> Callable[..., Tensors]:
-    """Forward and backward; results and gradients of all inputs."""
+def decode_cases():
+    for B, Hq, Hkv, Tk, D in ((8, 32, 8, 4096, 128), (1, 32, 8, 16384, 128), (8, 12, 12, 1024, 64)):
 
-    def run(*inputs):
-        leaves = [t.detach().requires_grad_() for t in inputs]
-        outputs = function(*leaves)
-        return *outputs, *torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs])
+        def inputs(B=B, Hq=Hq, Hkv=Hkv, Tk=Tk, D=D):
+            return random(B, Hq, 1, D), random(B, Hkv, Tk, D), random(B, Hkv, Tk, D)
 
-    return run
+        ours = lambda q, k, v: (llmfast.attention(q, k, v, causal=True),)  # noqa: E731
+        exact = lambda q, k, v: (reference.attention(q, k, v, causal=True),)  # noqa: E731
+        run = {"llmfast": forward(ours)}
+        run |= {name: forward(peers.sdpa(name, grouped=Hq != Hkv)) for name in ("flash", "cuDNN", "efficient")}
+        dims = {"B": B, "Hq": Hq, "Hkv": Hkv, "Tk": Tk, "D": D}
+        yield Case("attention decode", "forward", dims, inputs, run, forward(exact), 4 * B * Hkv * Tk * D)
+
+
+def ffn_cases():
+    def gelu(x, up, up_bias, down, down_bias):
+        return (llmfast.ffn(x, up, up_bias, down, down_bias),)
+
+    def swiglu(x, up, gate, down):
+        return (llmfast.ffn(x, up, None, down, None, activation="silu", gate_weight=gate),)
+
+    for name, ours, plain, inputs, (M, C, H), products in (
+        ("ffn gelu", gelu, peers.ffn_gelu, peers.gelu_inputs, peers.GELU_SIZE, 2),
+        ("ffn swiglu", swiglu, peers.ffn_swiglu, peers.swiglu_inputs, peers.SWIGLU_SIZE, 3),
+    ):
+        for direction, prepare, passes in (("forward", forward, 1), ("forward+backward", forward_backward, 3)):
+            run = {"llmfast": prepare(ours), "torch": prepare(plain), **compiled(prepare, plain)}
+            flops = 2 * passes * products * M * C * H
+            yield Case(name, direction, {"M": M, "C": C, "F": H}, inputs, run, prepare(plain), flops=flops)
+
+
+def head_cases():
+    M, C, V = peers.HEAD_SIZE
+    ours = lambda x, w, t: (llmfast.linear_cross_entropy(x, w, t),)  # noqa: E731
+    plain = peers.linear_cross_entropy
+    wrap = lambda f: forward_backward(f, 2)  # noqa: E731
+
+    def exact(x, w, t):
+        return (torch.nn.functional.cross_entropy(x @ w.t(), t),)
+
+    run = {"llmfast": wrap(ours), "torch": wrap(plain), **compiled(wrap, plain)}
+    dims = {"M": M, "C": C, "V": V}
+    yield Case(
+        "linear_cross_entropy", "forward+backward", dims, peers.head_inputs, run, wrap(exact), flops=6 * M * C * V
+    )
 
 
 def norm_cases():
-    def torch_norm(x, stream, weight, bias):
-        stream = stream + x
-        return F.layer_norm(stream, stream.shape[-1:], weight, bias).to(x.dtype), stream
-
-    compiled = torch.compile(torch_norm)
-    for M, C in ((16384, 768), (16384, 4096), (512, 768)):
-        forward = {"llmfast": llmfast.add_layer_norm, "torch": torch_norm, "torch.compile": compiled}
-
-        def inputs(M=M, C=C):
-            return random(M, C), *(random(*shape, dtype=torch.float32) for shape in ((M, C), (C,), (C,)))
-
-        for direction, wrap, moved in (
-            ("forward", lambda f: f, 12 * M * C),
-            ("forward+backward", gradients, 30 * M * C),
-        ):
-            run = {name: wrap(f) for name, f in forward.items()}
-            yield Case(
-                "add_layer_norm", direction, {"M": M, "C": C}, inputs, run, wrap(reference.add_layer_norm), moved
-            )
+    for M, C in peers.NORM_SIZES:
+        inputs = lambda M=M, C=C: peers.norm_inputs(M, C)  # noqa: E731
+        for direction, prepare, moved in (("forward", forward, 12), ("forward+backward", forward_backward, 30)):
+            run = {"llmfast": prepare(llmfast.add_layer_norm), "torch": prepare(peers.add_layer_norm)}
+            run |= compiled(prepare, peers.add_layer_norm)
+            exact = prepare(reference.add_layer_norm)
+            yield Case("add_layer_norm", direction, {"M": M, "C": C}, inputs, run, exact, moved * M * C)
 
 
 def rotary_cases():
@@ -108,147 +156,77 @@ def rotary_cases():
         ours = lambda q, k, tables=tables: llmfast.rotary(q, k, *tables)  # noqa: E731
         plain = lambda q, k, tables=tables: reference.rotary(q, k, *tables)  # noqa: E731
         exact = lambda q, k, tables=tables: reference.rotary(q, k, *(t.double() for t in tables))  # noqa: E731
-        run = {"llmfast": ours, "torch": plain, "torch.compile": torch.compile(plain)}
-        yield Case("rotary", "forward", {"B": B, "H": H, "T": T, "D": D}, inputs, run, exact, 8 * B * H * T * D)
-
-
-def linear_cases():
-    for M, K, N in ((8192, 8192, 8192), (16384, 768, 3072), (16384, 3072, 768)):
-        inputs = lambda M=M, K=K, N=N: (random(M, K), random(N, K))  # noqa: E731
-        ours, plain = (lambda x, w: (llmfast.linear(x, w),)), (lambda x, w: (F.linear(x, w),))
-        for direction, wrap, products in (("forward", lambda f: f, 1), ("forward+backward", gradients, 3)):
-            run = {"llmfast": wrap(ours), "torch (cuBLAS)": wrap(plain)}
-            yield Case(
-                "linear", direction, {"M": M, "K": K, "N": N}, inputs, run, wrap(plain), flops=2 * products * M * N * K
-            )
-
-
-def attention_cases():
-    def torch_with(which):
-        def run(q, k, v):
-            with sdpa_kernel(which):
-                return (F.scaled_dot_product_attention(q, k, v, is_causal=True),)
-
-        return run
-
-    def ours(q, k, v):
-        return (llmfast.attention(q, k, v, causal=True),)
-
-    def exact(q, k, v):
-        return (reference.attention(q, k, v, causal=True),)
-
-    backends = {
-        "flash": SDPBackend.FLASH_ATTENTION,
-        "cuDNN": SDPBackend.CUDNN_ATTENTION,
-        "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    }
-    for B, H, T, D in ((4, 16, 2048, 128), (16, 12, 1024, 64)):
-        inputs = lambda B=B, H=H, T=T, D=D: tuple(random(B, H, T, D) for _ in range(3))  # noqa: E731
-        for direction, wrap, products in (("forward", lambda f: f, 2), ("forward+backward", gradients, 7)):
-            run = {"llmfast": wrap(ours), **{f"torch {name}": wrap(torch_with(b)) for name, b in backends.items()}}
-            yield Case(
-                "attention",
-                direction,
-                {"B": B, "H": H, "T": T, "D": D},
-                inputs,
-                run,
-                wrap(exact),
-                flops=products * B * H * T * T * D,
-            )
+        run = {"llmfast": forward(ours), "torch": forward(plain)}
+        yield Case(
+            "rotary", "forward", {"B": B, "H": H, "T": T, "D": D}, inputs, run, forward(exact), 8 * B * H * T * D
+        )
 
 
 def adamw_cases():
+    """One optimiser step on GPT-2's parameters; correctness is the tests' business."""
+
     def stepper(optimizer_class, **options):
-        optimizers = {}
+        def prepare(parameters):
+            optimizer = optimizer_class(parameters, lr=1e-6, **options)
 
-        def run(*params):
-            key = params[0].data_ptr()
-            if key not in optimizers:
-                for p in params:
-                    p.grad = torch.full_like(p, 1e-3)
-                optimizers[key] = optimizer_class(params, lr=1e-6, **options)
-            optimizers[key].step()
-            return ()
+            def call():
+                optimizer.step()
+                return ()
 
-        return run
+            return call
+
+        return prepare
+
+    def inputs():
+        parameters = tuple(torch.randn(n, device="cuda").requires_grad_() for n in sizes)
+        for p in parameters:
+            p.grad = torch.full_like(p, 1e-3)
+        return parameters
 
     sizes = [50257 * 768, 1024 * 768, *[768 * 2304, 768 * 768, 768 * 3072, 768 * 3072, 768, 768] * 12]
     run = {"llmfast": stepper(llmfast.AdamW), "torch fused": stepper(torch.optim.AdamW, fused=True)}
-    inputs = lambda: tuple(random(n, dtype=torch.float32, grad=True) for n in sizes)  # noqa: E731
-    yield Case("adamw", "step", {"parameters": sum(sizes)}, inputs, run, lambda *_: (), 28 * sum(sizes))
+    yield Case("adamw", "step", {"parameters": sum(sizes)}, inputs, run, None, 28 * sum(sizes))
 
 
-def measured(case: Case, limit: dict[str, float]) -> dict:
-    first = case.inputs()
-    size = sum(t.numel() * t.element_size() for t in first)
-    sets = [first, *(case.inputs() for _ in range(min(8, int(L2_BYTES // size))))]
-    found, peer = {}, None
-    try:
-        exact = case.exact(*(t.detach().double() for t in first))
-    except torch.OutOfMemoryError:
-        exact = case.exact(*(t.detach().float() for t in first))
-    exact = tuple(t.double() for t in exact)
-    for name in [n for n in case.run if n != "llmfast"] + ["llmfast"]:  # the baseline's error first
-        before = backend.fallbacks()
-        try:
-            error = errors(case.run[name](*first), exact)
-        except Exception as problem:  # a peer that this GPU or this torch does not have
-            found[name] = {
-                "status": f"{type(problem).__name__}: {problem}".splitlines()[0][:200],
-                "ours": name == "llmfast",
-            }
-            continue
-        peer = peer or error
-        fine = all(e <= 2 * p + 1e-5 * max(1.0, t.abs().max().item()) for e, p, t in zip(error, peer, exact))
-        found[name] = {"status": "ok" if fine else "wrong", "errors": error, "ours": name == "llmfast"}
-        found[name]["fell_back"] = backend.fallbacks() != before
-    del exact
-    good = {name for name, entry in found.items() if entry["status"] == "ok"}
-    samples: dict[str, list[float]] = {name: [] for name in case.run if name in good}
-    for turn, name in enumerate(schedule(dict.fromkeys(samples, ROUNDS + 2))):
-        calls = iter([sets[(turn + i) % len(sets)] for i in range(CALLS)])
-        samples[name].append(seconds(lambda name=name, calls=calls: case.run[name](*next(calls))))
-    for name, times in samples.items():
-        found[name].update(summary(times[2:]))
-        s = found[name]["median_ms"] / 1e3
-        found[name]["share"] = round(
-            max(case.moved / limit["copy_bytes_per_s"], case.flops / limit["product_flops_per_s"]) / s, 4
-        )
-    return {
-        "case": case.op,
-        "direction": case.direction,
-        "dtype": "bfloat16",
-        "dims": case.dims,
-        "providers": found,
-        "best": compare(found),
-    }
+def compiled(prepare, function) -> dict:
+    return {"torch.compile": prepare(peers.compiled(function))} if COMPILE else {}
 
 
-def main(folder: str = "benchmarks/results") -> int:
-    device = torch.cuda.get_device_name()
-    path = Path(folder) / f"gpu-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.jsonl"
-    limit, shared = limits(), rows.context("benchmarks/gpu", None, torch.get_num_threads())
-    shared |= {"kind": "gpu", "limits": limit, "cuda": torch.version.cuda, "device": backend.info()["cuda_devices"][:1]}
-    copy, product = limit["copy_bytes_per_s"] / 1e12, limit["product_flops_per_s"] / 1e12
-    print(f"{device}: copy {copy:.2f} TB/s, product {product:.0f} TFLOP/s")
-    wrong = 0
-    for cases in (norm_cases, rotary_cases, adamw_cases, linear_cases, attention_cases):
-        for case in cases():
-            row = measured(case, limit)
-            rows.append(path, {**shared, **row})
-            print(f"{row['case']} {row['direction']} {row['dims']}")
-            for name, entry in row["providers"].items():
-                note = " (fell back)" if entry.get("fell_back") else ""
-                timing = (
-                    f"{entry['median_ms']:9.4f} ms  {100 * entry['share']:5.1f}%"
-                    if "median_ms" in entry
-                    else entry["status"]
-                )
-                print(f"  {name:16s} {timing}{note}")
+GROUPS = {
+    "linear": linear_cases,
+    "attention": attention_cases,
+    "ffn": ffn_cases,
+    "head": head_cases,
+    "decode": decode_cases,
+    "norm": norm_cases,
+    "rotary": rotary_cases,
+    "adamw": adamw_cases,
+    "variants": attention_variants,
+}
+
+
+def main() -> int:
+    global COMPILE
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", default="benchmarks/results")
+    parser.add_argument("--no-compile", action="store_true", help="no peer through torch.compile")
+    parser.add_argument("--only", default=",".join(GROUPS), help=f"of {','.join(GROUPS)}")
+    parser.add_argument("--check", action="store_true", help="correctness alone")
+    options = parser.parse_args()
+    COMPILE = not options.no_compile
+    torch._functorch.config.donated_buffer = False  # compiled peers keep their graph for the backward pass alone
+    progress, report, wrong = Progress(), Report(options.folder, "benchmarks/gpu"), 0
+    for group in options.only.split(","):
+        for case in GROUPS[group]():
+            if not progress.begin(case.name):
+                continue
+            row = measured(case, timed=not options.check)
+            report.add(row)
             wrong += row["providers"]["llmfast"]["status"] != "ok"
             torch.cuda.empty_cache()
+    progress.finish()
     return wrong != 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main())

@@ -20,6 +20,7 @@ from types import ModuleType
 import torch
 
 __all__ = [
+    "choose_device",
     "count_fallback",
     "fallbacks",
     "force",
@@ -95,6 +96,29 @@ def _why_not_on_gpu(index: int) -> str | None:
     if index < len(devices) and devices[index]["supported"]:
         return None
     return f"no kernel for device cuda:{index}: llmfast needs compute capability 8.0 or later"
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device that `name` means: ``cpu``, ``cuda``, ``cuda:1``; ``auto`` is the first GPU that llmfast has kernels for,
+    else the CPU.
+
+    Raises:
+        ValueError: it is another kind of device, or a GPU that this machine, or this torch, does not have.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        native = (torch.device("cuda", i) for i in range(gpus) if why_not_native(torch.device("cuda", i)) is None)
+        return next(native, torch.device("cpu"))
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: got {name!r}, expected auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        built = "" if torch.version.cuda else ", and this torch is built without CUDA"
+        raise ValueError(f"device: got {name!r}, but torch finds {gpus or 'no'} GPU{'s' * (gpus > 1)} here{built}")
+    return device if device.type == "cpu" else torch.device("cuda", device.index or 0)
 
 
 def stream_of(tensor: torch.Tensor) -> int:

@@ -233,6 +233,10 @@ def _step_on_cpu(params, grads, exp_avgs, exp_avg_sqs, masters, steps, group_of,
 
 
 def _step_on_gpu(params, grads, exp_avgs, exp_avg_sqs, masters, steps, group_of, hyper, grad_scale: float) -> None:
+    if params[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "AdamW.step: cannot be captured in a CUDA graph, whose replays would repeat one step's numbers"
+        )
     torch._foreach_add_(steps, 1)
     numbers = [step.item() for step in steps]  # on the CPU, like every step
     stream = backend.stream_of(params[0])

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from llmfast import backend, optim
+from llmfast.models import gpt
 from llmfast.ops import _native_op
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,6 +71,7 @@ def use_device(which: str, arch: str, monkeypatch) -> str:
     for name, module_of_op in list(sys.modules.items()):
         if name.startswith("llmfast.ops.") and hasattr(module_of_op, "is_eager"):
             monkeypatch.setattr(module_of_op, "is_eager", lambda *_: False)  # no shortcut to the CPU's kernels
+    monkeypatch.setattr(gpt, "fused_block", lambda *_: None)  # the CPU's
     monkeypatch.setattr(optim, "_step_on_cpu", optim._step_on_gpu)
     monkeypatch.setattr(optim, "_squares_on_cpu", optim._squares_on_gpu)
     return "cpu"

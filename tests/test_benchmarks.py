@@ -416,6 +416,30 @@ def test_scale_in_tables_and_pictures(tmp_path):
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
 
 
+def test_gpu_rows_in_tables():
+    providers = {
+        "torch flash": {"status": "ok", "ours": False, "median_ms": 2.0, "iqr_ms": 0.1, "samples": 9},
+        "cuDNN": {"status": "ok", "ours": False, "median_ms": 1.0, "iqr_ms": 0.1, "samples": 9},
+        "llmfast": {
+            "status": "ok",
+            "ours": True,
+            "median_ms": 0.8,
+            "iqr_ms": 0.1,
+            "samples": 9,
+            "tflops": 600.4,
+            "share": 0.75,
+        },
+    }
+    limits = {"copy_bytes_per_s": 3e12, "product_flops_per_s": 8e14}
+    row = example_row(case="attention", direction="backward", dims={"B": 2, "T": 4096}, providers=providers)
+    row |= {"kind": "gpu", "limits": limits, "cuda": "13.0", "best": harness.compare(providers)}
+    row["machine"] = {**row["machine"], "gpu": "Some GPU"}
+    text = report.results_section([example_row(), row])
+    assert "Some GPU; torch" in text and "bf16 product 800 TFLOP/s, device copy 3.00 TB/s" in text
+    line = "| attention, backward | B=2 T=4096 | 0.8 ms | 1 ms cuDNN | 1.25× | 600 TFLOP/s | 75% | torch flash 2 ms |"
+    assert line in text and text.index(line) < text.index("| linear |")
+
+
 def test_sweeps_cover_every_scale(monkeypatch):
     full = scale.points("full", "float32", threads=6)
     xs = {sweep: [p.x for p in full if p.sweep == sweep] for sweep in scale.SWEEPS}

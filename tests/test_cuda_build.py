@@ -43,6 +43,29 @@ def test_gate_reads_what_ptxas_says(gate):
     assert len(gate.problems(serialized, {})) == 1
 
 
+SASS = """
+		Function : _Z6hopperv
+	.headerflags	@"EF_CUDA_SM90 EF_CUDA_VIRTUAL_SM(EF_CUDA_SM90)"
+        /*0000*/                   LDC R1, c[0x0][0x28] ;             /* 0x00000a00ff017b82 */
+                                                                      /* 0x000fe20000000800 */
+        /*0010*/              @!P0 UTMALDG.3D [UR8], [UR6] ;          /* 0x00000008060075b4 */
+        /*0020*/                   HGMMA.64x256x16.F32.BF16 R24, gdesc[UR4], R24, gsb0 ; /* 0x03e00000041879f0 */
+        /*0030*/              @UP1 HGMMA.64x256x16.F32.BF16 R24, gdesc[UR4], R24 ; /* 0x03e00000041879f0 */
+        /*0040*/                   MUFU.EX2 R3, R3 ;                  /* 0x0000000300037308 */
+        /*0050*/                   STL [R1+0x4], R2 ;                 /* 0x0000040201007387 */
+"""
+
+
+def test_gate_reads_machine_code(gate, monkeypatch):
+    counts = gate.instructions(SASS)
+    assert counts == {"_Z6hopperv": {"HGMMA": 2, "UTMALDG": 1, "UTMASTG": 0, "MUFU": 1, "LDL": 0, "STL": 1}}
+    names = {"_Z6hopperv": "hopper()"}
+    assert gate.machine_code_problems(counts, names) == ["hopper(): local memory, 0 LDL and 1 STL"]
+    monkeypatch.setitem(gate.HGMMA_OF, r"hopper\(", 4)
+    assert gate.machine_code_problems(counts, names)[1:] == ["hopper(): 2 HGMMA, expected 4"]
+    assert gate.machine_code_problems({}, {}) == ["no HGMMA in any kernel"]
+
+
 def test_every_kernel_file_has_a_target(gate):
     """A suffix that setup.py does not know would be left out of the module without a word."""
     sources = sorted((ROOT / "csrc").rglob("*.cu"))

@@ -15,7 +15,8 @@ def test_host_functions(tmp_path):
         pytest.skip("needs g++ and a checkout")
     program = tmp_path / "cuda_tiles"
     defines = ["-DLLMFAST_TARGET=cuda", "-DLLMFAST_EMULATE_CUDA"]
-    machine = [str(ROOT / "csrc" / "ptx" / "emulated" / "machine.cpp")]
+    emulated = ROOT / "csrc" / "ptx" / "emulated"
+    machine = [str(emulated / "machine.cpp"), str(emulated / "hopper.cpp")]
     source = str(ROOT / "tests" / "native" / "cuda_tiles.cpp")
     command = [compiler, "-std=c++17", "-O1", *defines, f"-I{ROOT / 'csrc'}", source, *machine, "-o", str(program)]
     built = subprocess.run(command, capture_output=True, text=True)

@@ -25,7 +25,7 @@ def run(function, tensors, activation, dtype, exact=False):
     wide = torch.float64 if exact else dtype
     inputs = [None if t is None else t.to(dtype).to(wide).clone().requires_grad_() for t in tensors]
     out = function(*inputs[:5], activation=activation, gate_weight=inputs[5])
-    out.backward(torch.linspace(-1, 1, out.numel()).view(out.shape).to(dtype).to(wide))
+    out.backward(torch.linspace(-1, 1, out.numel(), device=out.device).view(out.shape).to(dtype).to(wide))
     return [out.detach(), *(t.grad for t in inputs if t is not None)]
 
 

@@ -9,7 +9,9 @@ namespace {
 constexpr DTypeSet k16Bit = kBF16 | kF16;
 
 const CudaTable<AttentionParams> kForward("attention",
-                                          {{Arch::sm80, k16Bit, nullptr, cuda::attention_forward_sm80},
+                                          {LLMFAST_SM90A_ROW(k16Bit, cuda::attention_forward_sm90a_supports,
+                                                             cuda::attention_forward_sm90a)
+                                           {Arch::sm80, k16Bit, nullptr, cuda::attention_forward_sm80},
                                            {Arch::sm80, kF32, nullptr, cuda::attention_forward_fma_sm80}});
 const CudaTable<AttentionParams> kDecode("attention_decode",
                                          {{Arch::sm80, k16Bit, nullptr, cuda::attention_decode_sm80},

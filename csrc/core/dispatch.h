@@ -36,7 +36,7 @@ namespace llmfast {
 using DTypeSet = uint8_t;  // bit i: DType(i)
 constexpr DTypeSet set_of(DType dtype) { return static_cast<DTypeSet>(1u << static_cast<int>(dtype)); }
 constexpr DTypeSet kF32 = set_of(DType::f32), kBF16 = set_of(DType::bf16), kF16 = set_of(DType::f16);
-constexpr DTypeSet kAllFloat = kF32 | kBF16 | kF16;
+constexpr DTypeSet kAllFloat = kF32 | kBF16 | kF16, kHalf = kBF16 | kF16;
 
 struct RowInfo {
   Isa isa;

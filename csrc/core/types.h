@@ -47,6 +47,13 @@ inline void visit_float(DType dtype, const Body& body) {
   }
 }
 
+// The same where only the 16-bit ones are served.
+template <class Body>
+inline void visit_half(DType dtype, const Body& body) {
+  if (dtype == DType::bf16) body(bf16{});
+  else body(fp16{});
+}
+
 constexpr int kMaxDims = 6;
 
 // A strided tensor; strides count elements. `data == nullptr` with ndim 0 stands for an absent optional tensor.

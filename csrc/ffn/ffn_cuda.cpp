@@ -6,9 +6,12 @@
 namespace llmfast {
 namespace {
 
-const CudaTable<FfnParams> kForward("ffn", {{Arch::sm80, kAllFloat, nullptr, cuda::ffn_forward_sm80}});
-const CudaTable<FfnBackwardParams> kBackward("ffn_backward",
-                                             {{Arch::sm80, kAllFloat, nullptr, cuda::ffn_backward_sm80}});
+const CudaTable<FfnParams> kForward("ffn",
+                                    {LLMFAST_SM90A_ROW(kHalf, cuda::ffn_forward_fits_sm90a, cuda::ffn_forward_sm90a)  //
+                                     {Arch::sm80, kAllFloat, nullptr, cuda::ffn_forward_sm80}});
+const CudaTable<FfnBackwardParams> kBackward(
+    "ffn_backward", {LLMFAST_SM90A_ROW(kHalf, cuda::ffn_backward_fits_sm90a, cuda::ffn_backward_sm90a)  //
+                     {Arch::sm80, kAllFloat, nullptr, cuda::ffn_backward_sm80}});
 
 }  // namespace
 

@@ -17,5 +17,10 @@ int64_t ffn_backward_workspace(int64_t M, int64_t C, int64_t F, int64_t element_
 void ffn_forward_sm80(const FfnParams& params, const Stream& stream);
 void ffn_backward_sm80(const FfnBackwardParams& params, const Stream& stream);
 
+bool ffn_forward_fits_sm90a(const FfnParams& params);
+bool ffn_backward_fits_sm90a(const FfnBackwardParams& params);
+void ffn_forward_sm90a(const FfnParams& params, const Stream& stream);
+void ffn_backward_sm90a(const FfnBackwardParams& params, const Stream& stream);
+
 }  // namespace cuda
 }  // namespace llmfast

@@ -6,9 +6,12 @@
 namespace llmfast {
 namespace {
 
-const CudaTable<LinearParams> kForward("linear", {{Arch::sm80, kAllFloat, nullptr, cuda::linear_forward_sm80}});
-const CudaTable<LinearBackwardParams> kBackward("linear_backward",
-                                                {{Arch::sm80, kAllFloat, nullptr, cuda::linear_backward_sm80}});
+const CudaTable<LinearParams> kForward(
+    "linear", {LLMFAST_SM90A_ROW(kHalf, cuda::linear_forward_fits_sm90a, cuda::linear_forward_sm90a)  //
+               {Arch::sm80, kAllFloat, nullptr, cuda::linear_forward_sm80}});
+const CudaTable<LinearBackwardParams> kBackward(
+    "linear_backward", {LLMFAST_SM90A_ROW(kHalf, cuda::linear_backward_fits_sm90a, cuda::linear_backward_sm90a)  //
+                        {Arch::sm80, kAllFloat, nullptr, cuda::linear_backward_sm80}});
 
 }  // namespace
 

@@ -7,9 +7,15 @@ namespace llmfast {
 namespace {
 
 const CudaTable<LinearCrossEntropyParams> kForward(
-    "linear_cross_entropy", {{Arch::sm80, kAllFloat, nullptr, cuda::linear_cross_entropy_forward_sm80}});
+    "linear_cross_entropy",
+    {LLMFAST_SM90A_ROW(kHalf, cuda::linear_cross_entropy_forward_fits_sm90a,
+                       cuda::linear_cross_entropy_forward_sm90a)  //
+     {Arch::sm80, kAllFloat, nullptr, cuda::linear_cross_entropy_forward_sm80}});
 const CudaTable<LinearCrossEntropyBackwardParams> kBackward(
-    "linear_cross_entropy_backward", {{Arch::sm80, kAllFloat, nullptr, cuda::linear_cross_entropy_backward_sm80}});
+    "linear_cross_entropy_backward",
+    {LLMFAST_SM90A_ROW(kHalf, cuda::linear_cross_entropy_backward_fits_sm90a,
+                       cuda::linear_cross_entropy_backward_sm90a)  //
+     {Arch::sm80, kAllFloat, nullptr, cuda::linear_cross_entropy_backward_sm80}});
 
 }  // namespace
 

@@ -18,5 +18,10 @@ int64_t linear_cross_entropy_backward_workspace(int64_t M, int64_t C, int64_t V,
 void linear_cross_entropy_forward_sm80(const LinearCrossEntropyParams& params, const Stream& stream);
 void linear_cross_entropy_backward_sm80(const LinearCrossEntropyBackwardParams& params, const Stream& stream);
 
+bool linear_cross_entropy_forward_fits_sm90a(const LinearCrossEntropyParams& params);
+bool linear_cross_entropy_backward_fits_sm90a(const LinearCrossEntropyBackwardParams& params);
+void linear_cross_entropy_forward_sm90a(const LinearCrossEntropyParams& params, const Stream& stream);
+void linear_cross_entropy_backward_sm90a(const LinearCrossEntropyBackwardParams& params, const Stream& stream);
+
 }  // namespace cuda
 }  // namespace llmfast

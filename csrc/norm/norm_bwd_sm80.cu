@@ -81,10 +81,10 @@ __device__ __forceinline__ void finish_sums(const Operands& o, const float (&sum
 
 // Writes the gradients of eight columns; xhat takes the place of d.
 __device__ __forceinline__ void finish_columns(const Operands& o, const RowStep& r, int index, float (&d)[kEight],
-                                               const float (&grad)[kEight]) {
+                                               const float (&grad)[kEight], const Eight& grad_summed) {
   float weight[kEight], total[kEight];
   load_floats(o.weight.row(0), index, 1.0f, weight);
-  load_floats(r.grad_summed, index, 0.0f, total);
+  widen(grad_summed, r.grad_summed.dtype, total);
 #pragma unroll
   for (int j = 0; j < kEight; ++j) {
     d[j] = (d[j] - r.shift) * r.rstd;
@@ -99,20 +99,35 @@ __device__ __forceinline__ RowPointer partial_row(float* sums, int C) {
   return {reinterpret_cast<char*>(row), C, DType::f32, C % 4 == 0};
 }
 
+// Eight columns of the stream's gradient; zeros if there is none.
+__device__ __forceinline__ Eight load_grad_summed(const RowStep& r, int index) {
+  return r.grad_summed ? load_eight<true>(r.grad_summed, index) : Eight{};
+}
+
+// A thread with one group has registers for the next row's operands: they are on their way while this row's sums are
+// waited for, and so is the stream's gradient of this row.
 template <int kGroups>
-__global__ void __launch_bounds__(kMostThreads, 1) norm_backward_kernel(const __grid_constant__ Operands o) {
+__global__ void __launch_bounds__(kGroups == 1 ? kMostThreads / 2 : kMostThreads, 1)
+    norm_backward_kernel(const __grid_constant__ Operands o) {
+  constexpr bool kAhead = kGroups == 1;
   const int threads = static_cast<int>(blockDim.x);
   float weight_sums[kGroups][kEight] = {}, bias_sums[kGroups][kEight] = {};
   RowSum<false, kMostThreads, 4> row_sum;
-  for (uint32_t row = blockIdx.x; row < o.M; row += gridDim.x) {
-    RowStep r(o, row);
-    Eight summed[kGroups], grad_normed[kGroups];
+  Eight summed[kGroups], grad_normed[kGroups], grad_summed;
+  const auto load_row = [&](uint32_t row) {
+    const RowPointer from_summed = o.summed.row(row), from_grad = o.grad_normed.row(row);
 #pragma unroll
     for (int k = 0; k < kGroups; ++k) {
       const int index = (k * threads + thread()) * kEight;
-      summed[k] = load_eight<true>(r.summed, index);
-      grad_normed[k] = load_eight<true>(r.grad_normed, index);
+      summed[k] = load_eight<true>(from_summed, index);
+      grad_normed[k] = load_eight<true>(from_grad, index);
     }
+  };
+  if (kAhead && blockIdx.x < o.M) load_row(blockIdx.x);
+  for (uint32_t row = blockIdx.x; row < o.M; row += gridDim.x) {
+    RowStep r(o, row);
+    if (kAhead) grad_summed = load_grad_summed(r, thread() * kEight);
+    else load_row(row);
     float d[kGroups][kEight], grad[kGroups][kEight], sums[4] = {};
 #pragma unroll
     for (int k = 0; k < kGroups; ++k) {
@@ -120,11 +135,14 @@ __global__ void __launch_bounds__(kMostThreads, 1) norm_backward_kernel(const __
       widen_pair(r, summed[k], grad_normed[k], elements_at(index, o.C), d[k], grad[k]);
       add_sums(o, index, d[k], grad[k], sums);
     }
+    if (kAhead && o.M - row > gridDim.x) load_row(row + gridDim.x);
     row_sum(sums);
     finish_sums(o, sums, &r);
 #pragma unroll
     for (int k = 0; k < kGroups; ++k) {
-      finish_columns(o, r, (k * threads + thread()) * kEight, d[k], grad[k]);
+      const int index = (k * threads + thread()) * kEight;
+      if (!kAhead) grad_summed = load_grad_summed(r, index);
+      finish_columns(o, r, index, d[k], grad[k], grad_summed);
 #pragma unroll
       for (int j = 0; j < kEight; ++j) {
         weight_sums[k][j] = fmaf(grad[k][j], d[k][j], weight_sums[k][j]);
@@ -169,7 +187,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) norm_backward_long_kernel(con
     finish_sums(o, sums, &r);
     for (int index = thread() * kEight; index < o.C; index += stride) {
       load_pair(index, d, grad);
-      finish_columns(o, r, index, d, grad);
+      finish_columns(o, r, index, d, grad, load_grad_summed(r, index));
       const bool first = row == blockIdx.x;
       if (o.bias_sums) add_to_partial(o.bias_sums, o.C, index, first, grad);
 #pragma unroll

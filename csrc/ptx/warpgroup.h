@@ -42,6 +42,13 @@ __device__ __forceinline__ void warpgroup_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kYoungest) : "memory");
 }
 
+// Ordinary code that uses d stays after this point: the compiler does not know that a product ends with the wait.
+template <int kCount>
+__device__ __forceinline__ void pin_registers(float (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
 // Registers a thread: a warpgroup gives some back to the multiprocessor, others take them. Multiples of 8; every warp of
 // a warpgroup calls, and the kernel's launch bounds state one block a multiprocessor.
 template <int kRegisters>
@@ -191,6 +198,8 @@ template <int kYoungest>
 void warpgroup_wait() {
   emulated::warpgroup_wait(kYoungest);
 }
+template <int kCount>
+void pin_registers(float (&)[kCount]) {}
 template <int kRegisters>
 void registers_shrink() {}
 template <int kRegisters>

@@ -1,5 +1,5 @@
-"""Regenerates the generated parts of README.md: the benchmark table from result files, the support matrix from the
-dispatch tables.
+"""Regenerates the generated parts of README.md and docs/benchmarks.md: the benchmark tables from result files, the
+support matrix from the dispatch tables. README has the GPU's rows and the CPU's models and ops, docs/benchmarks.md all.
 
     python benchmarks/report.py            # rewrites README.md
     python benchmarks/report.py --check    # exits 1 if that would change it
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llmfast import backend
-from llmfast.bench import rows, tables
+from llmfast.bench import gpu_tables, rows, tables
 
 __all__ = ["main", "replace_between", "results_section", "support_section"]
 
@@ -37,9 +37,10 @@ def replace_between(text: str, marker: str, body: str) -> str:
     return f"{before}{start}\n{body.strip()}\n{end}{after}"
 
 
-def results_section(results: Sequence[dict]) -> str:
-    """The benchmark tables: one for each run, under the limits and the software of that run; newest runs first, and in
-    them models before ops, then sweeps. A case that a later run of the same machine measured again is left out."""
+def results_section(results: Sequence[dict], *, whole: bool = True) -> str:
+    """The benchmark tables: one for each run, under the limits and the software of that run; GPUs first, then newest
+    runs first, and in them models before ops, then sweeps (if `whole`). A case that a later run of the same machine
+    measured again is left out."""
     if not results:
         return "No results yet: `llmfast bench all --json benchmarks/results/NAME.jsonl` measures this machine."
     runs: dict[str, list[dict]] = {}
@@ -48,13 +49,20 @@ def results_section(results: Sequence[dict]) -> str:
     parts = []
     for found in sorted(runs.values(), key=_order, reverse=True):
         first = found[0]
-        parts.append(f"{tables.headline(first)}. {first['date'][:10]}, commit {(first['commit'] or 'unknown')[:10]}:")
+        if not whole and first["kind"] == "scale":
+            continue
+        on_gpu = first["kind"] == "gpu"
+        headline = (gpu_tables if on_gpu else tables).headline(first)
+        parts.append(f"{headline}. {first['date'][:10]}, commit {(first['commit'] or 'unknown')[:10]}:")
         parts.append(f"`{first['command']}`")
-        for kinds in (("model", "op"), ("scale",)):
+        if on_gpu:
+            parts.append(gpu_tables.markdown(found))
+            continue
+        for kinds in (("model", "op"), ("scale",)) if whole else (("model", "op"),):
             part = sorted((r for r in found if r["kind"] in kinds), key=lambda r: kinds.index(r["kind"]))
             if part:
                 parts.append(tables.markdown(part))
-        lines = tables.trend_lines([row for row in found if row["kind"] == "scale"])
+        lines = tables.trend_lines([row for row in found if row["kind"] == "scale"]) if whole else []
         if lines:
             parts.append("\n".join(f"- {line}" for line in lines))
     parts.append(
@@ -67,8 +75,9 @@ def results_section(results: Sequence[dict]) -> str:
     return "\n\n".join(parts)
 
 
-def _order(run: Sequence[dict]) -> tuple[bool, str]:
-    return any(row["kind"] == "model" for row in run), run[0]["date"]
+def _order(run: Sequence[dict]) -> tuple[bool, bool, str]:
+    kinds = {row["kind"] for row in run}
+    return "gpu" in kinds, "model" in kinds, run[0]["date"]
 
 
 def support_section() -> str:
@@ -86,23 +95,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python benchmarks/report.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    parser.add_argument(
+        "--tables", type=Path, help="gets all tables if it exists (default: docs/benchmarks.md beside README)"
+    )
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="folder of .jsonl files")
     parser.add_argument("--part", choices=("all", "bench", "support"), default="all")
     parser.add_argument("--plots", action="store_true", help="also draw each results file's pictures")
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the file is stale")
     options = parser.parse_args(arguments)
 
-    before = options.readme.read_text(encoding="utf-8")
-    after = before
+    results = rows.read(sorted(options.results.glob("*.jsonl")))
+    sections = {options.readme: {}}
     if options.part in ("all", "bench"):
-        after = replace_between(after, "bench", results_section(rows.read(sorted(options.results.glob("*.jsonl")))))
+        sections[options.readme]["bench"] = results_section(results, whole=False)
+        every = options.tables or options.readme.parent / "docs" / "benchmarks.md"
+        if every.exists():
+            sections[every] = {"bench": results_section(results)}
     if options.part in ("all", "support"):
-        after = replace_between(after, "support", support_section())
+        sections[options.readme]["support"] = support_section()
+    stale = False
+    for path, bodies in sections.items():
+        before = after = path.read_text(encoding="utf-8")
+        for marker, body in bodies.items():
+            after = replace_between(after, marker, body)
+        if after == before:
+            continue
+        if options.check:
+            stale = True
+            print(f"{path} is stale: run python benchmarks/report.py", file=sys.stderr)
+        else:
+            path.write_text(after, encoding="utf-8")
     if options.check:
-        if after != before:
-            print(f"{options.readme} is stale: run python benchmarks/report.py", file=sys.stderr)
-        return int(after != before)
-    options.readme.write_text(after, encoding="utf-8")
+        return int(stale)
     if options.plots:
         from llmfast.bench import plots
 

@@ -95,7 +95,10 @@ def _memory_gb() -> int | None:
 
 
 def _commit() -> str | None:
-    """Of the llmfast checkout that is imported, or else is the working directory; ``+`` at the end: with changes."""
+    """Of the llmfast checkout that is imported, or else is the working directory; ``+`` at the end: with changes.
+    ``LLMFAST_COMMIT`` names it where the sources are a copy without their history."""
+    if named := os.environ.get("LLMFAST_COMMIT"):
+        return named
     for folder in (Path(llmfast.__file__).resolve().parents[1], Path.cwd()):
         if not (folder / ".git").exists() or not (folder / "csrc").is_dir():
             continue

@@ -76,6 +76,8 @@ class DemoConfig:
     """Folder to make; default: llmfast-demo, or the next free llmfast-demo-2, -3, ..."""
     seed: int = 1337
     """Of the weights, the order of the data, and the samples."""
+    device: str = "auto"
+    """cpu, cuda or cuda:N. auto: a GPU, where there is one and llmfast was built with kernels for it."""
 
     def __post_init__(self) -> None:
         if not 0 < self.minutes < math.inf:
@@ -86,10 +88,12 @@ def main(config: DemoConfig) -> int:
     started = time.perf_counter()
     console = Console(highlight=False, soft_wrap=True)
     out = _free_folder(config.out)
-    dtype = torch.bfloat16 if backend.native().active_isa() == "amx" else torch.float32
+    device = backend.choose_device(config.device)
+    fast = device.type == "cuda" or backend.native().active_isa() == "amx"
+    dtype = torch.bfloat16 if fast else torch.float32
 
     _headline(console, 1, "this machine")
-    machine = _machine()
+    machine = _machine(device)
     console.print(", ".join(value for _, value in machine), markup=False)
 
     _headline(console, 2, "a tokenizer and training data, from Python's standard library")
@@ -155,9 +159,11 @@ def _free_folder(out: str | None) -> Path:
     return folder
 
 
-def _machine() -> list[tuple[str, str]]:
+def _machine(device: torch.device) -> list[tuple[str, str]]:
     info = backend.info()
+    gpu = [("GPU", torch.cuda.get_device_name(device))] if device.type == "cuda" else []
     return [
+        *gpu,
         ("processor", info["cpu"]),
         ("kernels", f"{info['isa']} kernels"),
         ("threads", f"{info['threads']} thread{'s' if info['threads'] > 1 else ''}"),
@@ -223,6 +229,7 @@ def _pretrain_config(
         batch_size=shape.batch,
         lr=shape.lr,
         dtype=str(dtype).removeprefix("torch."),
+        device=config.device,
         seed=config.seed,
         sample_every=0,
     )
@@ -230,7 +237,8 @@ def _pretrain_config(
 
 def _step_seconds(plan: PretrainConfig, vocab_size: int, dtype: torch.dtype, seconds: float) -> float:
     """A typical training step: the median over about `seconds`, at least 3 steps, after one to warm up."""
-    step = llmfast_step(GPT(plan.model_config(vocab_size)).to(dtype), *_random_batch(plan, vocab_size))
+    model = GPT(plan.model_config(vocab_size)).to(backend.choose_device(plan.device), dtype)
+    step = llmfast_step(model, *_random_batch(plan, vocab_size))
     step()
     taken: list[float] = []
     while len(taken) < 3 or sum(taken) < seconds:
@@ -243,6 +251,7 @@ def _step_seconds(plan: PretrainConfig, vocab_size: int, dtype: torch.dtype, sec
 def _random_batch(plan: PretrainConfig, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(plan.seed)
     ids = torch.randint(vocab_size, (plan.batch_size, plan.sequence + 1), generator=generator)
+    ids = ids.to(backend.choose_device(plan.device))
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 

@@ -126,7 +126,7 @@ def torch_step(model: PlainGPT, inputs: Tensor, targets: Tensor, autocast: torch
     optimizer = torch.optim.AdamW(parameters, fused=True, **ADAMW)
 
     def step() -> float:
-        with torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext():
+        with torch.autocast(inputs.device.type, autocast) if autocast else contextlib.nullcontext():
             loss = model(inputs, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
@@ -146,8 +146,9 @@ def compare_steps(
     rounds: int,
 ) -> Comparison:
     """Times `rounds` steps of each side, the sides taking turns at going first, after two steps to warm up."""
-    model = GPT(config)
-    plain = PlainGPT.like(model)
+    device = inputs.device
+    model = GPT(config).to(device)
+    plain = PlainGPT.like(model).to(device)
     narrow = None if dtype == torch.float32 else dtype
     name = str(dtype).removeprefix("torch.")
     steps = {
@@ -163,20 +164,24 @@ def compare_steps(
             start = time.perf_counter()
             steps[side]()
             seconds[side].append(time.perf_counter() - start)
-    peak = max(measure_peak_flops(dtype), _torch_peak_flops(dtype))
+    peak = max(measure_peak_flops(dtype, device=device), _torch_peak_flops(dtype, device))
     tokens = inputs.numel()
     return Comparison(tokens, tokens * config.flops_per_token(inputs.shape[1]), peak, name, seconds, losses)
 
 
 @torch.no_grad()
-def _torch_peak_flops(dtype: torch.dtype, size: int = 1024, seconds: float = 0.3) -> float:
+def _torch_peak_flops(dtype: torch.dtype, device: torch.device, seconds: float = 0.3) -> float:
     """The best rate of torch's own product of square matrices: the peak is the better of both sides'."""
-    x, weight = (torch.randn(size, size).to(dtype) for _ in range(2))
+    gpu = device.type == "cuda"
+    size, wait = (8192, torch.cuda.synchronize) if gpu else (1024, lambda _: None)
+    x, weight = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     F.linear(x, weight)
+    wait(device)
     best, end = float("inf"), time.perf_counter() + seconds
     while True:
         start = time.perf_counter()
         F.linear(x, weight)
+        wait(device)
         now = time.perf_counter()
         best = min(best, now - start)
         if now > end:

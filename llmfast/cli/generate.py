@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from tyro.conf import Positional, UseAppendAction
 
+from llmfast import backend
 from llmfast.data import Tokenizer, load_tokenizer
 from llmfast.generate import Sampling, chat_ids, complete, stream
 from llmfast.models import GPT
@@ -60,6 +61,8 @@ class GenerateConfig:
     """Print the prompt before its continuation."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the weights; auto: what the run computed in or the folder names; bfloat16 for GGUF."""
+    device: str = "auto"
+    """cpu, cuda or cuda:N. auto: a GPU, where there is one and llmfast was built with kernels for it."""
     threads: int | None = None
     """Threads; default: torch's."""
 
@@ -82,7 +85,9 @@ class GenerateConfig:
 def main(config: GenerateConfig) -> int:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    device = backend.choose_device(config.device)
     model, tokenizer = _load(config)
+    model = model.to(device)
     if config.chat and not config.prompt:
         return _converse(model, tokenizer, config)
     texts = [_from_stdin() if prompt == "-" else prompt for prompt in config.prompt or [""]]

@@ -73,16 +73,18 @@ def show(info: dict[str, Any], console: Console) -> None:
         machine.add_row(f"[bold]{name}", _plain(value))
     console.print(machine)
     console.print()
-    console.print(_dispatch_table(info))
+    console.print(_dispatch_table("kernels", {op: info["implementations"][op] for op in info["dispatch"]}))
+    if info["cuda_devices"]:
+        console.print(_dispatch_table("kernels on the GPU", info["cuda_implementations"]))
     for line in _why_not_better(info):
         console.print(line, markup=False, soft_wrap=True)
 
 
-def _dispatch_table(info: dict[str, Any]) -> Table:
+def _dispatch_table(title: str, chosen: dict[str, dict[str, str | None]]) -> Table:
     """What each op runs on for each dtype."""
-    table = Table("op", *DTYPES, title="kernels", title_justify="left")
-    for op in info["dispatch"]:
-        table.add_row(op, *(info["implementations"][op][dtype] or "plain torch" for dtype in DTYPES))
+    table = Table("op", *DTYPES, title=title, title_justify="left")
+    for op, rows in chosen.items():
+        table.add_row(op, *(rows[dtype] or "plain torch" for dtype in DTYPES))
     return table
 
 

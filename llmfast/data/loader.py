@@ -31,6 +31,12 @@ class Batch(NamedTuple):
     cu_seqlens: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
 
+    def to(self, device: torch.device) -> Batch:
+        """On `device`. A GPU copies from pinned memory, while the host goes on."""
+        if device.type == "cpu":
+            return self
+        return Batch(*(t if t is None else t.pin_memory().to(device, non_blocking=True) for t in self))
+
 
 class BatchLoader:
     """An endless iterator of `Batch`, deterministic and exactly resumable.

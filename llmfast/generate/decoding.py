@@ -2,6 +2,8 @@
 
 Prompts of different lengths are padded on the left, so that all rows end at the same column. Padding is masked out for
 every later query, and positions count from each row's first real token, so a row computes what it would alone.
+
+On a GPU the steps after the prompts replay a CUDA graph (graphs.py), with the same results.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from llmfast.generate.graphs import GraphedStep, try_graphed, why_not_graphed
 from llmfast.generate.sampling import Sampling
 from llmfast.generate.stopping import TextTail
 
@@ -139,6 +142,8 @@ class Decoding(Iterator[list[tuple[int, int]]]):
             column = torch.arange(capacity, device=device)
             self._positions = (column - padding[:, None]).clamp(min=0)  # [B, capacity]
             self._visible = (column >= padding[:, None])[:, None, None]  # [B, 1, 1, capacity]
+        self._graphed: GraphedStep | None = None
+        self._may_graph = why_not_graphed(model, device, max_new_tokens) is None
         self._seen = None
         if sampling.repetition_penalty is not None:
             self._seen = torch.zeros(len(prompts), self.vocab_size, dtype=torch.bool, device=device)
@@ -155,15 +160,7 @@ class Decoding(Iterator[list[tuple[int, int]]]):
     def __next__(self) -> list[tuple[int, int]]:
         if self.steps == self.max_new_tokens or not any(self.live):
             raise StopIteration
-        start = self._caches[0].length
-        end = start + self._input.shape[1]
-        logits = self.model(
-            self._input,
-            position_ids=None if self._positions is None else self._positions[:, start:end],
-            mask=None if self._visible is None else self._visible[..., :end],
-            caches=self._caches,
-            last_only=True,
-        )[:, -1, : self.vocab_size]
+        logits = self._next_logits()[:, : self.vocab_size]
         uniform = None if self._uniform is None else self._uniform[:, self.steps]
         chosen = self.sampling.next(logits, uniform, self._seen)
         if self._seen is not None:
@@ -175,6 +172,29 @@ class Decoding(Iterator[list[tuple[int, int]]]):
             if token in self._ends:
                 self.stop(row)
         return tokens
+
+    def _next_logits(self) -> Tensor:
+        """``[B, V]``: the prompts' at first, then a token a row on top of the caches."""
+        if self._graphed is not None:
+            return self._graphed(self._input)
+        start = self._caches[0].length
+        if start and self._may_graph:
+            self._may_graph = False
+            position = self._positions[:, start : start + 1] if self._positions is not None else None
+            if position is None:
+                position = torch.full_like(self._input, start)
+            made = try_graphed(self.model, self._caches, position, self._visible, self._input)
+            if made is not None:
+                self._graphed, logits = made
+                return logits
+        end = start + self._input.shape[1]
+        return self.model(
+            self._input,
+            position_ids=None if self._positions is None else self._positions[:, start:end],
+            mask=None if self._visible is None else self._visible[..., :end],
+            caches=self._caches,
+            last_only=True,
+        )[:, -1]
 
     @staticmethod
     def _check(model: GPT, prompts: Sequence[Tensor], max_new_tokens: int, vocab_size: int | None) -> None:

@@ -18,11 +18,16 @@ def left_to_torch(op: str, x: torch.Tensor, *weights: torch.Tensor | None) -> bo
     return reason is not None
 
 
+def autocast_is_on(x: torch.Tensor) -> bool:
+    """For the device of `x`."""
+    return torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
+
+
 def _why_not_native(x, weights) -> str | None:
     if not isinstance(x, torch.Tensor):
         return "arguments that do not fit"
-    if not x.is_cpu:
-        return f"no kernel for device {x.device.type}"
+    if not x.is_cpu and (reason := backend.why_not_native(x.device)):
+        return reason
     if x.dtype not in FLOATING:
         return f"dtype {x.dtype}"
     if x.is_nested:

@@ -65,6 +65,8 @@ def fused_block(
     """
     if torch.compiler.is_compiling() or not x.is_cpu or torch.is_autocast_enabled("cpu") or _has_any_global_hook():
         return None
+    if cache is not None and type(cache) is not KVCache:
+        return None
     weights = _weights(block)
     if weights is None or x.numel() == 0 or not x.is_contiguous():
         return None

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmfast import backend, ops
-from llmfast.nn._fallback import FLOATING, left_to_torch
+from llmfast.nn._fallback import FLOATING, autocast_is_on, left_to_torch
 from llmfast.nn.layers import Linear
 
 __all__ = ["MLP", "LayerNorm", "MultiheadAttention", "RMSNorm", "TransformerEncoderLayer"]
@@ -137,7 +137,7 @@ def _plain_linear(module: nn.Module) -> bool:
 
 
 def _same_dtype(x: Tensor, *modules: nn.Module) -> bool:
-    return torch.is_autocast_enabled("cpu") or all(m.weight.dtype == x.dtype for m in modules)
+    return autocast_is_on(x) or all(m.weight.dtype == x.dtype for m in modules)
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -187,7 +187,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         if (query.shape[-1], key.shape[-1], value.shape[-1]) != (self.embed_dim, self.kdim, self.vdim):
             return False
         same_dtype = query.dtype == key.dtype == value.dtype == self.out_proj.weight.dtype
-        if not (same_dtype or torch.is_autocast_enabled("cpu")):
+        if not (same_dtype or autocast_is_on(query)):
             return False
         B, L, S = _sizes(query, key, self.batch_first)
         if query.dim() == 3 and key.shape[0 if self.batch_first else 1] != B:

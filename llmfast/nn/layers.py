@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from llmfast import ops
-from llmfast.nn._fallback import left_to_torch
+from llmfast.nn._fallback import autocast_is_on, left_to_torch
 
 __all__ = ["FFN", "AddLayerNorm", "AddRMSNorm", "Embedding", "Linear"]
 
@@ -17,7 +17,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if left_to_torch("Linear", x, self.weight, self.bias) or x.dim() == 0 or x.shape[-1] != self.in_features:
             return super().forward(x)
-        if x.dtype != self.weight.dtype and not torch.is_autocast_enabled("cpu"):
+        if x.dtype != self.weight.dtype and not autocast_is_on(x):
             return super().forward(x)
         return ops.linear(x, self.weight, self.bias)
 

@@ -278,12 +278,13 @@ def restore(checkpoint: Path, state: dict[str, Any], model: GPT, optimizer: torc
         keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in optimizer_tensors]
         # cloned: what load_file gives is a view of the file, which may be pruned and is not aligned
         values = {key: optimizer_tensors.pop(f"{name}.{key}").clone() for key in keys}
+        values = {key: value if key == "step" else value.to(parameter.device) for key, value in values.items()}
         for key, value in values.items():
             if key != "step" and value.shape != parameter.shape:
                 shapes = f"shape {tuple(value.shape)}, expected {tuple(parameter.shape)}"
                 raise CheckpointError(f"{checkpoint / OPTIMIZER_FILE}: {name}.{key} has {shapes}")
         if values and parameter.dtype != torch.float32:
-            values[MASTER] = weights[name].clone()
+            values[MASTER] = weights[name].to(parameter.device, copy=True)
         if values:
             optimizer.state[parameter] = values
     if optimizer_tensors:

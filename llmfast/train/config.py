@@ -93,9 +93,11 @@ class PretrainConfig:
     activation_checkpointing: bool | None = None
     """Recompute each block in the backward pass: less memory, more work."""
 
+    device: str = "auto"
+    """cpu, cuda or cuda:N. auto: a GPU, where there is one and llmfast was built with kernels for it."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of weights and activations (the optimiser and the residual stream are float32 always). auto: bfloat16 where the
-    processor has matrix units for it (AMX), else float32, which is faster there."""
+    """Of weights and activations (the optimiser and the residual stream are float32 always). auto: bfloat16 on a GPU and
+    where the processor has matrix units for it (AMX), else float32, which is faster there."""
     threads: int | None = None
     """Threads; default: torch's."""
     torch_compile: bool = False
@@ -238,7 +240,7 @@ class PretrainConfig:
         """What a checkpoint must share with a run that continues from it, for the two to be one training run.
 
         Left out: where things lie, what is recorded, and what changes speed but not the arithmetic's definition
-        (threads, torch_compile, activation_checkpointing). `steps` counts only through the length of the schedule.
+        (device, threads, torch_compile, activation_checkpointing). `steps` counts only through the length of the schedule.
         """
         model = dataclasses.asdict(self.model_config(1))
         del model["vocab_size"], model["activation_checkpointing"]

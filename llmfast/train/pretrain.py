@@ -30,7 +30,7 @@ from llmfast.train.config import PretrainConfig
 from llmfast.train.interrupt import StopRequest
 from llmfast.train.metrics import plot_losses
 from llmfast.train.progress import Display
-from llmfast.train.run import Run, open_run
+from llmfast.train.run import Run, device_name, open_run
 from llmfast.train.schedule import learning_rate
 
 __all__ = ["NonFiniteError", "PretrainResult", "accumulate_gradients", "pretrain"]
@@ -73,8 +73,8 @@ def pretrain(
 
     `callback` receives every record that goes into ``metrics.jsonl`` (see `MetricsLog`). `console` shows progress
     (``Console(quiet=True)``: nothing). Ctrl-C and SIGTERM end the run after the step, with a checkpoint; a second one
-    ends it at once. With a fixed number of threads, a run that is interrupted and resumed gives bit for bit what one
-    without interruption does.
+    ends it at once. On a GPU, or with a fixed number of threads, a run that is interrupted and resumed gives bit for bit
+    what one without interruption does: no kernel adds in an order that varies.
 
     Raises:
         FileExistsError: ``config.out`` is not empty and this is no resumption.
@@ -106,13 +106,14 @@ def _train(run: Run, stop: StopRequest) -> None:
     schedule, max_norm = run.schedule, config.clip or math.inf
     if run.step == 0 and run.checkpoint is None and run.val_batches:
         _validate(run)
+    batches = (batch.to(run.device) for batch in run.loader)
     paused, begin, first = 0.0, time.perf_counter(), run.step
     logged = shown = (begin, first)
     while run.step < steps and not stop.signal:
         lr = learning_rate(run.step, **schedule)
         for group in groups:
             group["lr"] = lr
-        loss = accumulate_gradients(run.forward, run.loader, config.grad_accumulation)
+        loss = accumulate_gradients(run.forward, batches, config.grad_accumulation)
         norm, scale = clip_grad_norm(parameters, max_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise _non_finite(run, loss, norm)
@@ -160,14 +161,14 @@ def accumulate_gradients(forward: Callable[..., torch.Tensor], batches: Iterator
     """
     micro_batches = [next(batches) for _ in range(count)]
     counts = [1] if count == 1 else [_count_targets(batch) for batch in micro_batches]
-    total = 0.0
+    losses: list[tuple[float, torch.Tensor]] = []
     for batch, targets in zip(micro_batches, counts):
         if targets:  # the mean over none would be NaN
             weight = targets / sum(counts)
             loss = _loss(forward, batch)
-            loss.backward(None if weight == 1.0 else torch.tensor(weight, dtype=loss.dtype))
-            total += weight * loss.item()
-    return total
+            loss.backward(None if weight == 1.0 else torch.full_like(loss, weight))
+            losses.append((weight, loss.detach()))
+    return sum((weight * loss.item() for weight, loss in losses), 0.0)  # a GPU is waited for once
 
 
 def _loss(forward: Callable[..., torch.Tensor], batch: Batch) -> torch.Tensor:
@@ -203,7 +204,7 @@ def _sample(run: Run) -> None:
     if not ids:  # the start of a document: after the end of another, or as the text itself starts
         ids = [tokenizer.eot_id] if tokenizer.eot_id is not None else run.data.train.read(0, 1).tolist()
     count = min(config.sample_tokens, context - len(ids))
-    prompt = torch.tensor([ids], dtype=torch.int64)
+    prompt = torch.tensor([ids], dtype=torch.int64, device=run.device)
     out = run.model.generate(prompt, max_new_tokens=count, temperature=0.8, top_k=50, seed=config.seed)
     text = tokenizer.decode(out[0].tolist())
     run.metrics.write({"kind": "sample", "step": run.step, "text": text})
@@ -224,6 +225,7 @@ def _save(run: Run) -> None:
         "run": run.identity,
         "threads": torch.get_num_threads(),
         "isa": backend.info()["isa"],
+        "device": device_name(run.device),
         "metrics_records": run.metrics.records,
         "train_loss": run.train_loss,
         "val_loss": run.val_loss,

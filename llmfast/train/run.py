@@ -36,7 +36,7 @@ from llmfast.train.metrics import MetricsLog
 from llmfast.train.progress import Display
 from llmfast.train.throughput import measure_peak_flops
 
-__all__ = ["CONFIG_FILE", "ENVIRONMENT_FILE", "Run", "open_run", "run_folder"]
+__all__ = ["CONFIG_FILE", "ENVIRONMENT_FILE", "Run", "device_name", "open_run", "run_folder"]
 
 CONFIG_FILE, ENVIRONMENT_FILE = "config.json", "environment.json"
 
@@ -66,6 +66,10 @@ class Run:
     started: float = 0.0  # time.perf_counter() at which a run without interruptions would have started
     training_seconds: float = 0.0
     trained_steps: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.head_weight.device
 
     @property
     def tokens(self) -> int:
@@ -106,9 +110,10 @@ def open_run(
     config: PretrainConfig, display: Display, callback: Callable[[dict[str, Any]], None] | None = None
 ) -> Iterator[Run]:
     """Hold the folder that `config` names and yield the run in it, new or as its checkpoint left it."""
+    device = backend.choose_device(config.device)
     if config.dtype == "auto":
-        dtype = "bfloat16" if backend.native().active_isa() == "amx" else "float32"
-        config = dataclasses.replace(config, dtype=dtype)
+        fast = device.type == "cuda" or backend.native().active_isa() == "amx"
+        config = dataclasses.replace(config, dtype="bfloat16" if fast else "float32")
     folder = run_folder(config)
     begun = (folder / ENVIRONMENT_FILE).exists() or (folder / "checkpoints").is_dir()
     if config.resume is None or not begun:
@@ -116,7 +121,7 @@ def open_run(
     with _locked(folder), _threads(config.threads):
         checkpoint = _find_checkpoint(config, folder)
         remove_leftovers(folder)
-        run = _prepare(config, folder, checkpoint, display, callback)
+        run = _prepare(config, device, folder, checkpoint, display, callback)
         with run.metrics, _quiet_garbage_collector():
             yield run
 
@@ -185,6 +190,7 @@ def _quiet_garbage_collector() -> Iterator[None]:
 
 def _prepare(
     config: PretrainConfig,
+    device: torch.device,
     folder: Path,
     checkpoint: Path | None,
     display: Display,
@@ -202,7 +208,7 @@ def _prepare(
         check_identity(checkpoint, state["run"], identity)
     dtype = getattr(torch, config.dtype)
     torch.manual_seed(config.seed)
-    model = GPT(config.model_config(data.vocab_size))
+    model = GPT(config.model_config(data.vocab_size)).to(device)  # the same weights on every device
     optimizer = _optimizer(model, config)
     optimizer.round_parameters(dtype)
     if config.grad_accumulation > 1:
@@ -213,12 +219,14 @@ def _prepare(
     val_batches = []
     if data.val is not None and config.val_every:
         val_batches = list(eval_batches(data.val, B, T, config.val_batches, respect_documents=documents))
+        val_batches = [batch.to(device) for batch in val_batches]
     if state:
         restore(checkpoint, state, model, optimizer)
         loader.load_state_dict(state["data"])
     run = Run(
         config, folder, data, model, torch.compile(model) if config.torch_compile else model, optimizer, loader,
-        val_batches, _open_metrics(config, folder, state, display, callback), display, measure_peak_flops(dtype), identity,
+        val_batches, _open_metrics(config, folder, state, display, callback), display,
+        measure_peak_flops(dtype, device=device), identity,
     )  # fmt: skip
     _describe(run, state)
     if state:
@@ -229,6 +237,17 @@ def _prepare(
             point(folder, "best", checkpoint_name(run.best["step"]))
     run.started = time.perf_counter() - (state["seconds"] if state else 0.0)
     return run
+
+
+def device_name(device: torch.device) -> str:
+    """What a checkpoint remembers of the hardware: the GPU's model, or cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _hardware(device: torch.device, environment: dict[str, Any]) -> str:
+    if device.type == "cuda":
+        return device_name(device)
+    return f"{environment['cpu']}, {environment['isa']}, {environment['threads']} threads"
 
 
 def _open_metrics(
@@ -277,16 +296,16 @@ def _describe(run: Run, state: dict[str, Any] | None) -> None:
         f"{millions:.2f}M parameters in {config.dtype}; {len(data.train):,} tokens of text{val}\n"
         f"{config.total_steps:,} steps of {config.tokens_per_step:,} tokens: {tokens:,} in all, "
         f"{tokens / len(data.train):.2f} epochs\n"
-        f"{environment['cpu']}, {environment['isa']}, {environment['threads']} threads; run in {run.folder}"
+        f"{_hardware(run.device, environment)}; run in {run.folder}"
     )
     if state is None:
         return
     display.line(f"resuming after step {state['step']:,}")
     here = {"threads": environment["threads"], "isa": environment["isa"], "llmfast": llmfast.__version__}
-    for name, value in here.items():
-        if state[name] != value:
+    for name, value in {"device": device_name(run.device), **here}.items():
+        if state.get(name, "cpu") != value:
             display.line(
-                f"{name}: the checkpoint was written with {state[name]}, this is {value}; results will agree closely, "
-                "but not bit for bit",
+                f"{name}: the checkpoint was written with {state.get(name, 'cpu')}, this is {value}; results will "
+                "agree closely, but not bit for bit",
                 style="yellow",
             )

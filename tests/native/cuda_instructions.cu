@@ -34,7 +34,7 @@ template <class T>
 T* allocate(size_t count) {
   void* memory = nullptr;
 #ifdef __CUDACC__
-  require_success(cudaMallocManaged(&memory, count * sizeof(T)), "memory");
+  require_success(cudaMallocHost(&memory, count * sizeof(T)), "memory");  // pinned: kernels see it at the same address
 #else
   memory = std::aligned_alloc(256, (count * sizeof(T) + 255) / 256 * 256);
 #endif

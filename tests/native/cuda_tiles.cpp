@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "attention/cuda/tiles.h"
+#include "gemm/cuda/hopper_schedule.h"
 #include "gemm/cuda/schedule.h"
 #include "gemm/cuda/shared_tile.h"
 
@@ -104,6 +105,36 @@ void check_schedule() {
       }
 }
 
+// Persistent blocks: every tile once in each part, all of the depth in the parts.
+void check_hopper_schedule() {
+  for (const int64_t M : {1, 128, 1500})
+    for (const int64_t N : {1, 300, 2000})
+      for (const int64_t K : {8, 64, 1000, 9000})
+        for (const int raster : {1, 3, 8, 16})
+          for (const int64_t count : {1, 2, 5}) {
+            if (count > 1 && K < count * 512) continue;
+            const Schedule schedule({M, N, K}, {count, part_depth(K, count)}, 128, 256, raster);
+            std::set<std::tuple<int, int, int>> seen;
+            int64_t steps = 0;
+            for (int item = 0; item < schedule.items(); ++item) {
+              const Work work = schedule.at(item);
+              CHECK(work.tile_m >= 0 && work.tile_m < ceil_div(M, 128) && work.tile_n >= 0);
+              CHECK(work.tile_n < ceil_div(N, 256) && work.steps > 0 && work.first_k % 64 == 0);
+              CHECK(seen.insert({work.tile_m, work.tile_n, work.first_k}).second);
+              steps += work.steps;
+            }
+            CHECK(steps == ceil_div(M, 128) * ceil_div(N, 256) * ceil_div(K, 64));
+          }
+  for (const int64_t M : {1, 700, 4096, 65536})
+    for (const int64_t N : {1, 768, 3072})
+      for (const int64_t K : {1, 512, 1100, 16384, 65536}) {
+        const HopperPlan plan = hopper_plan({M, N, K}, true);
+        const int64_t depth = part_depth(K, plan.parts);
+        CHECK(plan.parts >= 1 && plan.parts * depth >= K && (plan.parts - 1) * depth < K);
+        CHECK(hopper_plan({M, N, K}, false).parts == 1);
+      }
+}
+
 void check_band(int Tq, int Tk, int64_t left, int64_t right) {
   const Band band{Tq, Tk, left, right}, transposed = band.transposed();
   const auto sees = [&](int query, int key) {
@@ -170,6 +201,7 @@ int main() {
   check_swizzle<256>();
   check_fragments();
   check_schedule();
+  check_hopper_schedule();
   const int64_t distances[] = {-40, -3, 0, 2, 9, kUnbounded};
   for (const int Tq : {1, 13, 20})
     for (const int Tk : {1, 13, 30})

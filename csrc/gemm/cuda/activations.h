@@ -14,13 +14,21 @@ struct ValueAndSlope {
   float value, slope;
 };
 
-__device__ inline float sigmoid(float x) { return 1.0f / (1.0f + exp2_approx(-1.44269504f * x)); }
+__device__ inline float sigmoid(float x) { return reciprocal_approx(1.0f + exp2_approx(-1.44269504f * x)); }
 
+// phi(x) = (1 + erf(x / sqrt 2)) / 2 by Abramowitz and Stegun 7.1.26, absolute error 1e-7: its factor exp(-x^2 / 2) is the
+// density's too, and it takes half the instructions of erff.
 struct Gelu {
   __device__ static ValueAndSlope both_of(float x) {
-    const float phi = fmaf(erff(x * 0.70710678f), 0.5f, 0.5f);
-    const float density = 0.39894228f * exp2_approx(x * x * (-0.5f * 1.44269504f));
-    return {x * phi, fmaf(x, density, phi)};
+    const float t = reciprocal_approx(fmaf(fabsf(x), 0.3275911f * 0.70710678f, 1.0f));
+    const float bell = exp2_approx(x * x * (-0.5f * 1.44269504f));
+    float p = 0.5f * 1.061405429f;
+    p = fmaf(p, t, 0.5f * -1.453152027f);
+    p = fmaf(p, t, 0.5f * 1.421413741f);
+    p = fmaf(p, t, 0.5f * -0.284496736f);
+    p = fmaf(p, t, 0.5f * 0.254829592f);
+    const float tail = p * t * bell, phi = x < 0.0f ? tail : 1.0f - tail;
+    return {x * phi, fmaf(x * 0.39894228f, bell, phi)};
   }
 };
 

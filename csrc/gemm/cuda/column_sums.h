@@ -1,5 +1,6 @@
 // Sums over the rows of a matrix [M, N] with any strides: bias gradients. Two passes in a fixed order: blocks sum
-// kSumRows rows of 32 columns each, then one thread a column adds the blocks' sums.
+// kSumRows rows of 32 columns each, then one thread a column adds the blocks' sums. `Product`: as in gemm.h's
+// add_parts.
 #pragma once
 #include "core/cuda_launch.h"
 #include "core/types.h"
@@ -12,7 +13,7 @@ constexpr int kSumRows = 256, kSumThreads = 256, kSumLanes = kSumThreads / 32;
 
 constexpr int64_t column_sums_workspace(int64_t M, int64_t N) { return ceil_div(M, kSumRows) * N; }  // floats
 
-template <class T>
+template <class Product, class T>
 __global__ void __launch_bounds__(kSumThreads)
     sum_rows_kernel(const T* x, int64_t stride_m, int64_t stride_n, int64_t M, int64_t N, float* parts) {
   const int64_t n = blockIdx.x * int64_t{32} + lane(), first = blockIdx.y * int64_t{kSumRows};
@@ -31,7 +32,7 @@ __global__ void __launch_bounds__(kSumThreads)
   parts[blockIdx.y * N + n] = sum;
 }
 
-template <class T>
+template <class Product, class T>
 __global__ void __launch_bounds__(kSumThreads)
     add_column_parts_kernel(const float* parts, int64_t count, int64_t N, T* out) {
   const int64_t n = blockIdx.x * int64_t{kSumThreads} + thread();
@@ -43,13 +44,13 @@ __global__ void __launch_bounds__(kSumThreads)
 }
 
 // out[N] = sums; `workspace`: column_sums_workspace(M, N) floats.
-template <class T>
+template <class Product, class T>
 void column_sums(const T* x, int64_t stride_m, int64_t stride_n, int64_t M, int64_t N, T* out, float* workspace,
                  const Stream& stream) {
   const int64_t parts = ceil_div(M, kSumRows);
   launch(stream, {static_cast<unsigned>(ceil_div(N, 32)), static_cast<unsigned>(parts)}, kSumThreads,
-         kSumThreads * sizeof(float), sum_rows_kernel<T>, x, stride_m, stride_n, M, N, workspace);
-  launch(stream, {static_cast<unsigned>(ceil_div(N, kSumThreads))}, kSumThreads, 0, add_column_parts_kernel<T>,
+         kSumThreads * sizeof(float), sum_rows_kernel<Product, T>, x, stride_m, stride_n, M, N, workspace);
+  launch(stream, {static_cast<unsigned>(ceil_div(N, kSumThreads))}, kSumThreads, 0, add_column_parts_kernel<Product, T>,
          static_cast<const float*>(workspace), parts, N, out);
 }
 

@@ -20,11 +20,6 @@
 
 namespace llmfast::cuda {
 
-// Parts of the depth: part p covers [p * depth, (p + 1) * depth).
-struct Parts {
-  int64_t count, depth;
-};
-
 template <class Tile, class Epilogue>
 __device__ void finish_tile(const Accumulators<Tile>& acc, GemmShape shape, int64_t first_m, int64_t first_n,
                             float* shared, const Epilogue& epilogue) {
@@ -86,9 +81,10 @@ __global__ void __launch_bounds__(FmaTile::kThreads, 2)
   for (int i = 0; i < 4; ++i) epilogue.template columns<8>(acc[i], m + i, n, m + i < shape.M ? columns : 0);
 }
 
-// One thread adds the parts of eight columns of a row, in ascending order, and hands them to the epilogue.
+// One thread adds the parts of eight columns of a row, in ascending order, and hands them to the epilogue. `Product`
+// keeps apart the kernels of files that are compiled for different targets: the linker would take one for the other.
 constexpr int kAddThreads = 256;
-template <class Epilogue>
+template <class Product, class Epilogue>
 __global__ void __launch_bounds__(kAddThreads)
     add_parts_kernel(const float* sums, int64_t M, int64_t N, int64_t parts, Epilogue epilogue) {
   const int64_t groups = ceil_div(N, 8), index = blockIdx.x * int64_t{kAddThreads} + thread();
@@ -103,6 +99,13 @@ __global__ void __launch_bounds__(kAddThreads)
     for (int i = 0; i < 8; ++i) total[i] += part[i];
   }
   epilogue.template columns<1>(total, m, n, count);
+}
+
+template <class Product, class Epilogue>
+void add_parts(const float* sums, GemmShape shape, int64_t parts, const Epilogue& epilogue, const Stream& stream) {
+  const auto blocks = static_cast<unsigned>(ceil_div(shape.M * ceil_div(shape.N, 8), kAddThreads));
+  launch(stream, {blocks}, kAddThreads, 0, add_parts_kernel<Product, Epilogue>, sums, shape.M, shape.N, parts,
+         epilogue);
 }
 
 template <class T, class Tile, Major kMajorA, Major kMajorB, class Epilogue>
@@ -133,20 +136,31 @@ void launch_gemm(Operand a, Operand b, GemmShape shape, TileSize tile, Parts par
   }
 }
 
-// The majors say which side of an operand is expected to be contiguous; others work, element by element. `workspace`:
-// parts_workspace(shape) floats, or null: the depth stays whole. Nothing is done where M or N is 0.
-template <class T, Major kMajorA, Major kMajorB, class Epilogue>
-void gemm(const Operand& a, const Operand& b, GemmShape shape, const Epilogue& epilogue, float* workspace,
-          const Stream& stream) {
-  if (shape.M == 0 || shape.N == 0) return;
-  const GemmPlan plan = gemm_plan(shape, workspace != nullptr);
-  if (plan.parts == 1)
-    return launch_gemm<T, kMajorA, kMajorB>(a, b, shape, plan.tile, {1, shape.K}, epilogue, stream);
-  const Parts parts{plan.parts, part_depth(shape.K, plan.parts)};
-  launch_gemm<T, kMajorA, kMajorB>(a, b, shape, plan.tile, parts, PartEpilogue{workspace, shape.M, shape.N, 0}, stream);
-  const auto blocks = static_cast<unsigned>(ceil_div(shape.M * ceil_div(shape.N, 8), kAddThreads));
-  launch(stream, {blocks}, kAddThreads, 0, add_parts_kernel<Epilogue>, workspace, shape.M, shape.N, plan.parts,
-         epilogue);
-}
+// A product that drivers of ops are written for: this one, or hopper_gemm.h's.
+struct PortableProduct {
+  // How many neighbouring columns of a row an epilogue sees in neighbouring lanes, without a workspace.
+  static constexpr int64_t kLeastColumnsTogether = LargeTile::kWarpN;
+  template <class T>
+  static int64_t columns_together(GemmShape shape) {
+    if constexpr (std::is_same_v<T, float>) return 64;
+    static_assert(LargeTile::kWarpN == SmallTile::kWarpN);
+    return gemm_plan(shape, false).tile == TileSize::wide ? WideTile::kWarpN : LargeTile::kWarpN;
+  }
+
+  // The majors say which side of an operand is expected to be contiguous; others work, element by element. `workspace`:
+  // parts_workspace(shape) floats, or null: the depth stays whole. Nothing is done where M or N is 0.
+  template <class T, Major kMajorA, Major kMajorB, class Epilogue>
+  static void run(const Operand& a, const Operand& b, GemmShape shape, const Epilogue& epilogue, float* workspace,
+                  const Stream& stream) {
+    if (shape.M == 0 || shape.N == 0) return;
+    const GemmPlan plan = gemm_plan(shape, workspace != nullptr);
+    if (plan.parts == 1)
+      return launch_gemm<T, kMajorA, kMajorB>(a, b, shape, plan.tile, {1, shape.K}, epilogue, stream);
+    const Parts parts{plan.parts, part_depth(shape.K, plan.parts)};
+    launch_gemm<T, kMajorA, kMajorB>(a, b, shape, plan.tile, parts, PartEpilogue{workspace, shape.M, shape.N, 0},
+                                     stream);
+    add_parts<PortableProduct>(workspace, shape, plan.parts, epilogue, stream);
+  }
+};
 
 }  // namespace llmfast::cuda

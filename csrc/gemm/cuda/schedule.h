@@ -11,6 +11,11 @@ struct GemmShape {
   int64_t M, N, K;
 };
 
+// Parts of the depth: part p covers [p * depth, (p + 1) * depth).
+struct Parts {
+  int64_t count, depth;
+};
+
 struct TileIndex {
   int64_t m, n;
 };
