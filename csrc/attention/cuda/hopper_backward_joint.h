@@ -38,6 +38,7 @@ struct JointLayout {
   static constexpr int kBytes = kWorkAt + kWorkBytes + kSharedAlignment;
   static_assert(kBytes <= 232448 && kSlotRows % kQueries == 0);
 
+  char* bytes;
   uint32_t base;
   __device__ Own keys() const { return {base}; }
   __device__ Own values() const { return {base + Own::kBytes}; }
@@ -81,14 +82,14 @@ template <int kD>
 __device__ float* query_sums(const AttentionParams& p, int64_t head, const Sequence& sequence) {
   const int64_t rows = p.Hq * slots_of_head(p.B, p.Tq, p.first_q != nullptr) * kSlotRows;
   const auto* const first = reinterpret_cast<const QueryStatistics*>(p.workspace);
-  return p.workspace + 2 * rows + (slots_of(p, head, sequence) - first) * kD;
+  return p.workspace + 2 * rows + kCounters + (slots_of(p, head, sequence) - first) * kD;
 }
 // Whose turn it is at a tile: how many blocks have added their share. Behind the sums; after the last, the counter of
 // places.
 template <int kD>
 __device__ int* turns_of(const AttentionParams& p, int64_t slot) {
   const int64_t slots = p.Hq * slots_of_head(p.B, p.Tq, p.first_q != nullptr);
-  return reinterpret_cast<int*>(p.workspace + slots * kSlotRows * (2 + kD)) + slot * kSlotTurns;
+  return reinterpret_cast<int*>(p.workspace + slots * kSlotRows * (2 + kD) + kCounters) + slot * kSlotTurns;
 }
 inline int64_t query_sums_floats(int64_t B, int64_t Hq, int64_t Tq, bool packed, int kD) {
   return Hq * slots_of_head(B, Tq, packed) * (kSlotRows * kD + kSlotTurns) + 4;
@@ -165,7 +166,7 @@ __device__ __forceinline__ void consume_jointly(const AttentionBackwardParams& p
   const int warpgroup = uniform(thread() / kWarpgroup), first_row = warpgroup * 64, my_row = warp() * 16;
   const int my_column = lane() % 4 * 2;
   const int first_tile = uniform(w.tile(shared, 0)), tiles = uniform(w.end_tile - w.first_tile);
-  const int steps = tiles * uniform(w.group);
+  const int steps = uniform(w.steps());
   const Span full = {uniform(w.full.begin), uniform(w.full.end)};
   const uint32_t ready = w.inspects ? shared.inspected(0) : shared.full(0);
   const ScoreScale scale(p);
@@ -282,7 +283,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
                                 const __grid_constant__ TensorMap grad_out_map, const int tiles, const int section) {
   char* const bytes = dynamic_shared<char>();
   const uint32_t skip = -shared_address(bytes) % kSharedAlignment;
-  const Layout shared{shared_address(bytes) + skip};
+  const Layout shared{bytes + skip, shared_address(bytes) + skip};
   KeysWork& work = *reinterpret_cast<KeysWork*>(bytes + skip + Layout::kWorkAt);
   static_assert(sizeof(KeysWork) <= Layout::kWorkBytes);
   if (thread() == 0) {
@@ -298,10 +299,20 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   if (thread() >= kConsumers * kWarpgroup) {
     registers_shrink<kProducerRegisters>();
     const int worker = warp() - kConsumers * 4;
-    if (worker == 0 && lane() == 0) produce_queries(p, work, shared, &k_map, &v_map, &q_map, &grad_out_map);
-    if (worker == 1 && work.first_tile < work.end_tile) {
+    if (worker == 0 && lane() == 0 && work.steps() > 0) {
+      load_own(p, work, shared, shared.own(), &k_map, &v_map);
+      RingPlace<Layout::kStages> place;
+      load_queries(p, work, shared, place, &q_map, &grad_out_map);
+    }
+    if (worker == 1 && work.steps() > 0) {
       inspect_own_keys<T>(shared);
-      if (work.inspects) inspect_queries(work, shared, bytes + skip, 0);
+      RingPlace<Layout::kStages> place;
+      for (int step = 0; step < work.steps() && work.inspects; ++step, place.advance()) {
+        mbarrier_wait(shared.full(place.stage), place.parity);
+        clear_absent_queries(shared, place.stage, 0);
+        __syncwarp();
+        if (lane() == 0) mbarrier_arrive(shared.inspected(place.stage));
+      }
     }
     if (worker >= 2 && lane() == 0) add_shares(p, work, shared, worker - 2);
   } else {
