@@ -1,16 +1,22 @@
 // Masked attention, backward, on Hopper's warpgroup products (bf16, fp16; head dims up to 128, no mask tensor); see
 // attention.h for the formula.
 //
-// As on sm_80 two kernels after a small one that computes each row's lse and delta: the keys' kernel sums grad_k and
-// grad_v (cuda/hopper_backward_keys.h), the queries' kernel grad_q (cuda/hopper_backward_queries.h). Each sum belongs
-// to one warpgroup and runs in the order of the tiles: no atomics, bitwise deterministic, at the price of seven
-// products instead of five. cuda/hopper_backward_joint.h has those five in one kernel, whose sums' order varies; the
-// benchmark program runs it, nothing else does.
+// After a small kernel that computes each row's lse and delta it goes one of two ways, both bitwise deterministic:
+// - as on sm_80 two kernels: the keys' sums grad_k and grad_v (cuda/hopper_backward_keys.h), the queries' grad_q
+//   (cuda/hopper_backward_queries.h). Each sum belongs to one warpgroup and runs in the order of the tiles: nothing is
+//   shared, at the price of seven products instead of five;
+// - where many queries see a key (cuda/one_pass.h: one_pass_from), without softcap and packed sequences, those five in
+//   one kernel (cuda/hopper_backward_joint.h), which adds grad_q up in memory in a fixed order, and a kernel that
+//   rounds it.
 //
-// Registers (nvcc 13.0.88; the highest in the SASS, of 232 that consumers have) and bytes spilled for kD 64 and 128:
-// keys 226, 48 and 229, 84; queries 215, 0 and 229, 8. 48 of the keys' are the producer's, once a block of keys; kD 128
-// reloads 12 bytes of descriptors a step. With softcap: keys 244 and 104 bytes, queries 0 and 44. No product is
-// serialised.
+// Registers (nvcc 13.0.88; the highest in the SASS, of 232 that consumers have) and bytes spilled, stores and loads,
+// for kD 64 and 128: keys 226, 68 and 229, 144, of which 3 words a step; queries 215, 0 and 229, 16, none in the loop;
+// one pass 227, 0 and 229, 96, of which 7 words a step. With softcap: keys 68 and 188 bytes (kD 64 with tiles of 64
+// queries: 128 would spill 396), queries 0 and 88. No product is serialised.
+//
+// Measured, 2026-11-26, H100 80GB HBM3, benchmarks/native/hopper_attention_backward time, TFLOP/s of five products,
+// causal, 16 heads, D 128, before blocks took one tile after another: two kernels 370, 431, 431, 460 at 2k, 4k, 8k, 16k;
+// one pass in any order, with zeroing and rounding, 422 and 536 at 4k and 16k. In turns: not measured yet.
 #include "attention/attention_cuda.h"
 #include "attention/cuda/hopper_backward_joint.h"
 #include "attention/cuda/hopper_backward_keys.h"
@@ -80,7 +86,8 @@ void launch_rounding(const AttentionBackwardParams& p, const Stream& stream) {
 template <class T, int kD, bool kCapped>
 void launch_kernels(const AttentionBackwardParams& p, const Stream& stream) {
   launch_query_statistics<T, kD / 8>(p, stream);
-  launch_keys<T, KeysLayout<kD, kD == 64 ? 128 : 64, 2>, kCapped>(p, stream);
+  constexpr bool kWide = kD == 64 && !kCapped;
+  launch_keys<T, KeysLayout<kD, kWide ? 128 : 64, kD == 64 && !kWide ? 4 : 2>, kCapped>(p, stream);
   launch_queries<T, QueriesLayout<kD, 128, kD == 64 ? 3 : 2, kD != 64>, kCapped>(p, stream);
 }
 

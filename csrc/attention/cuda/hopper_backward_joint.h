@@ -1,7 +1,7 @@
 // grad_k, grad_v and grad_q in one pass on Hopper: five products instead of the seven of separate kernels. As in
 // hopper_backward_keys.h a block owns 128 keys and walks over tiles of queries; besides
 //   dS^T goes through shared memory, since a query's sum runs over the keys of both warpgroups:
-//   grad_q[tile] += dS K                 64 x 64 of it a warpgroup, kLag steps after dS was ready
+//   grad_q[tile] += dS K                 64 x 64 of it a warpgroup
 // and each block adds its share to float32 sums in memory, by the copy engine, in L2. The sums' tiles are stored as the
 // fragments lie, [warpgroup][4 columns of fragments][thread][4]; a last kernel scales and rounds them.
 //

@@ -1,6 +1,6 @@
 // Which of Hopper's two ways the backward goes: two kernels, or one pass with grad_q summed in memory
-// (hopper_backward_joint.h), and the places and turns of the latter's blocks. Host and device: tests check these against
-// brute force.
+// (hopper_backward_joint.h), and the places and turns of the latter's blocks. Host and device: tests check these
+// against brute force.
 #pragma once
 #include <atomic>
 
