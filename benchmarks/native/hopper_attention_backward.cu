@@ -196,14 +196,17 @@ const std::vector<Variant> kQueries = {queries_variant<QueriesLayout<128, 128, 2
                                        queries_variant<QueriesLayout<64, 128, 3, false>, false>("queries 128 x 3 +, 1"),
                                        queries_variant<QueriesLayout<64, 64, 4, false>>("queries 64 x 4 +")};
 
-template <class Layout>
+template <class Layout, int kBlocks = kSectionBlocks>
 Variant joint_variant(const char* name) {
-  return {name, Layout::kD, launch_jointly<bf16, Layout, false>, launch_jointly<bf16, Layout, true>};
+  return {name, Layout::kD, launch_jointly<bf16, Layout, false, kBlocks>, launch_jointly<bf16, Layout, true, kBlocks>};
 }
+// In any order of additions, or in turns; the number: blocks of a section, if others than usual.
 const std::vector<Variant> kJoint = {joint_variant<JointLayout<128, 64, 2, false>>("joint 64 x 2"),
                                      joint_variant<JointLayout<128, 64, 2, true>>("ordered 64 x 2"),
+                                     joint_variant<JointLayout<128, 64, 2, true>, 528>("ordered 64 x 2, 528"),
                                      joint_variant<JointLayout<64, 128, 2, false>>("joint 128 x 2"),
-                                     joint_variant<JointLayout<64, 128, 2, true>>("ordered 128 x 2")};
+                                     joint_variant<JointLayout<64, 128, 2, true>>("ordered 128 x 2"),
+                                     joint_variant<JointLayout<64, 128, 2, true>, 528>("ordered 128 x 2, 528")};
 
 void run_statistics(const AttentionBackwardParams& p, int kD, float* sums = nullptr, bool zeroes = true) {
   if (kD == 64) launch_query_statistics<bf16, 8>(p, kStream, sums, zeroes);

@@ -25,7 +25,9 @@
 namespace llmfast::cuda {
 namespace {
 
-constexpr int64_t kMostBlocks = int64_t{1} << 30, kBlocksOfSection = 264;
+constexpr int64_t kMostBlocks = int64_t{1} << 30;
+// Of the heads that take turns beside each other: more make waits rarer, and share the L2 cache among more.
+constexpr int kSectionBlocks = 264;
 
 struct Maps {
   TensorMap k, v, q, grad_out;
@@ -66,11 +68,11 @@ void launch_queries(const AttentionBackwardParams& p, const Stream& stream) {
 }
 
 // The statistics' kernel before it zeroes the sums, unless kOrdered, and the turns.
-template <class T, class Layout, bool kCapped>
+template <class T, class Layout, bool kCapped, int kBlocks = kSectionBlocks>
 void launch_jointly(const AttentionBackwardParams& p, const Stream& stream) {
   const Maps maps(p, kOwnRows, Layout::kQueries);
   const Grid grid = grid_of(p, p.Tk, p.Hkv);
-  const int64_t heads = int64_t{grid.y} * grid.z, wanted = Layout::kOrdered ? kBlocksOfSection / grid.x : 1;
+  const int64_t heads = int64_t{grid.y} * grid.z, wanted = Layout::kOrdered ? kBlocks / grid.x : 1;
   const int section = static_cast<int>(wanted < 1 ? 1 : wanted < heads ? wanted : heads);
   launch(stream, {static_cast<unsigned>(grid.x * heads)}, kHopperThreads, size_t{Layout::kBytes},
          attention_grad_joint_kernel<T, Layout, kCapped>, p, maps.k, maps.v, maps.q, maps.grad_out,
