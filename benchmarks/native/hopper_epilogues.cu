@@ -102,10 +102,10 @@ void time_shape(const char* shape_name, GemmShape s) {
   time_both<Major::k>("swiglu, saved", a, by_k, &second, s,
                       GatedBoxes<bf16>{map(c), map(d), map(e), nullptr, s.N, silu, true});
   time_both<Major::mn>("store, k,mn", a, by_n, nullptr, s, store);
-  time_both<Major::mn>("gelu slope", a, by_n, nullptr, s,
-                       SlopeBoxes<bf16, false>{map(e), map(f), map(f), d, nullptr, s.N, 0, s.M, s.N, gelu});
-  time_both<Major::mn>("swiglu slope", a, by_n, nullptr, s,
-                       SlopeBoxes<bf16, true>{map(e), map(f), map(g), d, c, s.N, s.N, s.M, s.N, silu});
+  time_tile<HopperReadTile, Major::mn>("gelu slope pp128x128", a, by_n, nullptr, s,
+                                       SlopeBoxes<bf16, false>{map(e), map(f), map(f), map(d), map(d), gelu});
+  time_tile<HopperReadTile, Major::mn>("swiglu slope pp128x128", a, by_n, nullptr, s,
+                                       SlopeBoxes<bf16, true>{map(e), map(f), map(g), map(d), map(c), silu});
   auto* parts = allocate<cross_entropy::LogSum>(s.M * ceil_div(s.N, 128));
   float *row = allocate<float>(s.M), *other = allocate<float>(s.M);
   auto* target = allocate<int64_t>(s.M);

@@ -16,6 +16,8 @@ namespace llmfast::cuda {
 
 using HopperWideTile = HopperTile<128, 256, 4, false>;
 using HopperLargeTile = HopperTile<128, 128, 6, true>;
+using HopperMiddleTile = HopperTile<128, 192, 5, false>;  // of products cut in parts
+using HopperReadTile = HopperTile<128, 128, 4, true>;     // leaves room for what an epilogue reads
 
 // Lane t of four holds pairs pair[j], columns 8 j + 2 t and the next; then it holds columns 8 t .. 8 t + 7: pair[s]
 // came from lane s. A 4x4 transposition in two exchanges.
@@ -64,10 +66,13 @@ __device__ __forceinline__ void finish_rows(const HopperAccumulators<Tile>& acc,
     }
 }
 
+template <class Epilogue>
+using SlabsFor = Slabs<SlabsOf<Epilogue>::kCount, ReadBoxes<Epilogue>::kCount>;
+
 // The same to an epilogue of boxes.
 template <class Tile, class Epilogue>
 __device__ __forceinline__ void finish_boxes(HopperAccumulators<Tile>& acc, int m, int n, const Epilogue& epilogue,
-                                             Slabs<SlabsOf<Epilogue>::kCount>& slabs) {
+                                             SlabsFor<Epilogue>& slabs) {
 #pragma unroll
   for (int i = 0; i < Tile::kFragments; ++i)
 #pragma unroll
@@ -81,7 +86,7 @@ __device__ __forceinline__ void finish_boxes(HopperAccumulators<Tile>& acc, int 
 template <class Tile, class Epilogue>
 __device__ __forceinline__ void finish_paired_boxes(HopperAccumulators<Tile>& acc, int m, int n,
                                                     const Epilogue& epilogue,
-                                                    Slabs<SlabsOf<Epilogue>::kCount>& slabs) {
+                                                    SlabsFor<Epilogue>& slabs) {
 #pragma unroll
   for (int i = 0; i < Tile::kFragments; ++i)
 #pragma unroll
@@ -93,20 +98,58 @@ __device__ __forceinline__ void finish_paired_boxes(HopperAccumulators<Tile>& ac
     }
 }
 
+// One thread: the boxes that an epilogue of warpgroup `which` will read, in its order, as their places become free.
+template <class Tile, class Epilogue, class Memory>
+__device__ void fill_read(const Memory& memory, const Epilogue& epilogue, const Schedule& schedule, int which) {
+  constexpr int kRead = ReadBoxes<Epilogue>::kCount;
+  static_assert(Tile::kPingPong, "a warpgroup reads whole tiles");
+  RingPlace<Memory::kPlaces> place;
+  const int grid = static_cast<int>(gridDim.x);
+  for (int item = blockIdx.x + which * grid; item < schedule.items(); item += 2 * grid) {
+    const Work work = schedule.at(item);
+#pragma unroll 1
+    for (int box = 0; box < Tile::kM / 64 * (Tile::kN / 64); ++box, place.advance()) {
+      const int m = work.tile_m * Tile::kM + box / (Tile::kN / 64) * 64;
+      const int n = work.tile_n * Tile::kN + box % (Tile::kN / 64) * 64;
+      mbarrier_wait(memory.empty(place.stage), place.parity ^ 1);
+      mbarrier_arrive_expect(memory.full(place.stage), kRead * kSlabBytes);
+#pragma unroll
+      for (int i = 0; i < kRead; ++i)
+        bulk_load(memory.read(place.stage, i), epilogue.read(i), memory.full(place.stage), n, m);
+    }
+  }
+}
+
+template <class Tile, class Epilogue>
+struct HopperMemory {
+  using OfEpilogue = EpilogueMemory<SlabsOf<Epilogue>::kCount, ReadBoxes<Epilogue>::kCount>;
+  static constexpr size_t kBytes =
+      1024 + Ring<Tile>::kBytes + 2 * OfEpilogue::kSlabsBytes + Ring<Tile>::kBarrierBytes + 2 * OfEpilogue::kOtherBytes;
+  static_assert(kBytes <= 232448);
+};
+
 template <class T, class Tile, Major kA, Major kB, class Epilogue>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     hopper_gemm_kernel(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b,
                        const __grid_constant__ TensorMap second_b, const GemmShape shape, const Schedule schedule,
                        const __grid_constant__ Epilogue epilogue) {
-  constexpr int kSlabs = SlabsOf<Epilogue>::kCount;
+  constexpr int kSlabs = SlabsOf<Epilogue>::kCount, kRead = ReadBoxes<Epilogue>::kCount;
   constexpr bool kPaired = IsPaired<Epilogue>::kHolds;
+  constexpr int kColumns = kPaired ? Tile::kN / 2 : Tile::kN;
+  using Memory = typename HopperMemory<Tile, Epilogue>::OfEpilogue;
   const uint32_t base = (shared_address(dynamic_shared<char>()) + 1023) / 1024 * 1024;
-  const uint32_t after_ring = base + Ring<Tile>::kBytes;
-  const Ring<Tile> ring{base, after_ring + 2 * kSlabs * kSlabBytes};
+  const uint32_t after_ring = base + Ring<Tile>::kBytes, barriers = after_ring + 2 * Memory::kSlabsBytes;
+  const Ring<Tile> ring{base, barriers};
+  const auto memory_of = [&](int which) {
+    return Memory{after_ring + which * Memory::kSlabsBytes,
+                  barriers + Ring<Tile>::kBarrierBytes + which * Memory::kOtherBytes};
+  };
   if (thread() == 0) {
     prefetch_map(&a);
     prefetch_map(&b);
     ring.init();
+    memory_of(0).init();
+    memory_of(1).init();
     mbarrier_init_fence();
   }
   __syncthreads();
@@ -114,13 +157,28 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   if (warpgroup == 0) {
     registers_shrink<40>();
     if (thread() == 0) fill_ring<Tile, kA, kB, kPaired>(ring, &a, &b, &second_b, schedule);
+    if constexpr (kRead > 0)
+      if (thread() == 32 || thread() == 64) {
+        const int reader = static_cast<int>(thread()) / 32 - 1;
+        fill_read<Tile>(memory_of(reader), epilogue, schedule, reader);
+      }
     return;
   }
   registers_grow<232>();
   const int which = warpgroup - 1;
-  Slabs<kSlabs> slabs(after_ring + which * kSlabs * kSlabBytes, 3 + which);
+  SlabsFor<Epilogue> slabs(memory_of(which), 3 + which);
+  using Bias = typename SlabsFor<Epilogue>::Bias;
+  const auto own_bias = [&](const Work& work) -> Bias {
+    if constexpr (HasBias<Epilogue>::kHolds)
+      if (epilogue.bias) return slabs.own_bias(epilogue.bias, work.tile_n * kColumns, kColumns, epilogue.N);
+    return {0, 0};
+  };
+  const auto hold_bias = [&](Bias pair, const Work& work) {
+    if constexpr (HasBias<Epilogue>::kHolds)
+      if (epilogue.bias) slabs.hold_bias(pair, work.tile_n * kColumns);
+  };
   const auto finish = [&](HopperAccumulators<Tile>& acc, const Work& work, int first_row) {
-    const int m = work.tile_m * Tile::kM + first_row, n = work.tile_n * (kPaired ? Tile::kN / 2 : Tile::kN);
+    const int m = work.tile_m * Tile::kM + first_row, n = work.tile_n * kColumns;
     if constexpr (IsOfRows<Epilogue>::kHolds) {
 #pragma unroll
       for (int i = 0; i < Tile::kFragments; ++i) epilogue.template rows<Tile::kN>(acc[i], m + i * 64, n);
@@ -143,7 +201,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   if constexpr (!Tile::kPingPong) {
     for (int item = blockIdx.x; item < items; item += grid) {
       const Work work = schedule.at(item);
+      const Bias bias = own_bias(work);
       start_products<T, Tile, kA, kB>(ring, place, work.steps, which * Tile::kRows, acc);
+      hold_bias(bias, work);
       finish_products<Tile>(ring, place, acc);
       finish(acc, work, which * Tile::kRows);
     }
@@ -155,9 +215,11 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     for (int item = blockIdx.x + which * grid; item < items; item += 2 * grid) {
       const Work work = schedule.at(item);
       if (which == 1) skip(place, schedule.at(item - grid).steps);
+      const Bias bias = own_bias(work);
       barrier_sync(mine, 256);
       start_products<T, Tile, kA, kB>(ring, place, work.steps, 0, acc);
       if (item + grid < items) barrier_arrive(others, 256);
+      hold_bias(bias, work);
       finish_products<Tile>(ring, place, acc);
       if (which == 0 && item + grid < items) skip(place, schedule.at(item + grid).steps);
       finish(acc, work, 0);
@@ -172,9 +234,7 @@ void launch_hopper_gemm(const Operand& a, const Operand& b, GemmShape shape, Par
                         const Stream& stream, int raster = Tile::kN == 256 ? 16 : 12,
                         const Operand* second_b = nullptr) {
   constexpr int kColumns = IsPaired<Epilogue>::kHolds ? Tile::kN / 2 : Tile::kN;
-  constexpr size_t kShared = 1024 + Ring<Tile>::kBytes + 2 * SlabsOf<Epilogue>::kCount * kSlabBytes +
-                             Ring<Tile>::kBarrierBytes;
-  static_assert(kShared <= 232448);
+  constexpr size_t kShared = HopperMemory<Tile, Epilogue>::kBytes;
   const Schedule schedule(shape, parts, Tile::kM, kColumns, raster);
   const int multiprocessors = device_info(stream.device).multiprocessors;
   const auto blocks = static_cast<unsigned>(schedule.items() < multiprocessors ? schedule.items() : multiprocessors);
@@ -190,10 +250,17 @@ void launch_hopper_gemm(const Operand& a, const Operand& b, GemmShape shape, Par
 template <class T, Major kA, Major kB, class Epilogue>
 void launch_hopper_gemm(const Operand& a, const Operand& b, GemmShape shape, HopperTileSize tile, Parts parts,
                         const Epilogue& epilogue, const Stream& stream, const Operand* second_b = nullptr) {
-  if (tile == HopperTileSize::wide)
-    launch_hopper_gemm<T, HopperWideTile, kA, kB>(a, b, shape, parts, epilogue, stream, 16, second_b);
-  else
+  if constexpr (ReadBoxes<Epilogue>::kCount > 0) {
+    launch_hopper_gemm<T, HopperReadTile, kA, kB>(a, b, shape, parts, epilogue, stream, 12, second_b);
+  } else {
+    if constexpr (std::is_same_v<Epilogue, PartEpilogue>)
+      if (tile == HopperTileSize::middle)
+        return launch_hopper_gemm<T, HopperMiddleTile, kA, kB>(a, b, shape, parts, epilogue, stream, 16, second_b);
+    if constexpr (!WantsPingPong<Epilogue>::kHolds)
+      if (tile == HopperTileSize::wide)
+        return launch_hopper_gemm<T, HopperWideTile, kA, kB>(a, b, shape, parts, epilogue, stream, 16, second_b);
     launch_hopper_gemm<T, HopperLargeTile, kA, kB>(a, b, shape, parts, epilogue, stream, 12, second_b);
+  }
 }
 
 // As PortableProduct; every operand satisfies fits() and K is positive. `workspace`: hopper_parts_workspace(shape)
