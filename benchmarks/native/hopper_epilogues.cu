@@ -68,7 +68,7 @@ void time_tile(const char* name, const Operand& a, const Operand& b, const Opera
                const Epilogue& epilogue) {
   time_case(name, shape, second ? 2 : 1, [&] {
     launch_hopper_gemm<bf16, Tile, Major::k, kB>(a, b, shape, {1, shape.K}, epilogue, kStream,
-                                                 Tile::kN == 256 ? 16 : 12, second);
+                                                 Tile::kN == 256 ? 16 : 12, {nullptr, second});
   });
 }
 template <Major kB, class Epilogue>

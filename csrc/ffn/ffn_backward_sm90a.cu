@@ -1,4 +1,5 @@
-// ffn's backward pass on Hopper's product (gemm/cuda/hopper_gemm.h): 16-bit matrices with contiguous, 16-byte aligned rows.
+// ffn's backward pass on Hopper's product (gemm/cuda/hopper_gemm.h): 16-bit matrices with contiguous, 16-byte aligned
+// rows.
 #include "ffn/cuda/hopper_epilogues.h"
 #include "gemm/cuda/hopper_gemm.h"
 

@@ -40,10 +40,13 @@ struct BackwardScratch {
       : hidden(scratch.take<T>(M * row_elements(F))),
         d_up(scratch.take<T>(M * row_elements(F))),
         d_gate(gated ? scratch.take<T>(M * row_elements(F)) : nullptr),
-        partial_x(gated ? scratch.take<float>(M * C) : nullptr),
-        parts(scratch.take<float>(most(most(product_workspace({M, F, C}), product_workspace({C, F, M})),
-                                       most(most(product_workspace({F, C, M}), product_workspace({M, C, F})),
-                                            column_sums_workspace(M, most(C, F)))))) {}
+        partial_x(gated ? scratch.take<float>(M * C) : nullptr) {
+    const int64_t whole = gated ? 2 * ceil_div(F, kHopperDepth) * kHopperDepth : F;  // depth of grad_x: GatedGradients
+    int64_t floats = column_sums_workspace(M, most(C, F));
+    const GemmShape shapes[] = {{M, F, C}, {C, F, M}, {F, C, M}, {M, C, F}, {M, C, whole}};
+    for (const GemmShape& shape : shapes) floats = most(floats, product_workspace(shape));
+    parts = scratch.take<float>(floats);
+  }
 };
 
 // hidden = act(acc + bias), or act(gate) * (acc + bias); saved = acc + bias.
@@ -113,6 +116,20 @@ struct GatedProducts {
   }
 };
 
+// grad_x of a gated ffn, the sum of two products, by way of partial_x [M, C].
+template <class Product>
+struct GatedGradients {
+  template <class T>
+  static void run(const Operand& d_gate, const Operand& gate_weight, const Operand& d_up, const Operand& up_weight,
+                  GemmShape shape, StoreEpilogue<T> store, float* partial_x, float* parts, const Stream& stream) {
+    Product::template run<T, Major::k, Major::mn>(d_gate, gate_weight, shape,
+                                                  StoreEpilogue<T, float>{partial_x, shape.N}, parts, stream);
+    store.addend = partial_x;
+    store.ld_addend = shape.N;
+    Product::template run<T, Major::k, Major::mn>(d_up, up_weight, shape, store, parts, stream);
+  }
+};
+
 template <class Product, class T>
 void forward(const FfnParams& p, const Stream& stream) {
   const int64_t M = p.x.shape[0], C = p.x.shape[1], F = p.up_weight.shape[0], ld = row_elements(F);
@@ -164,15 +181,13 @@ void backward(const FfnBackwardParams& p, const Stream& stream) {
   if (!p.grad_x.defined) return;
 
   const GemmShape shape{M, C, F};
-  StoreEpilogue<T> store = store_to<T>(p.grad_x);
-  if (gated) {
-    Product::template run<T, Major::k, Major::mn>(rows(scratch.d_gate), operand_transposed(p.gate_weight), shape,
-                                                  StoreEpilogue<T, float>{scratch.partial_x, C}, scratch.parts, stream);
-    store.addend = scratch.partial_x;
-    store.ld_addend = C;
-  }
-  Product::template run<T, Major::k, Major::mn>(rows(scratch.d_up), operand_transposed(p.up_weight), shape, store,
-                                                scratch.parts, stream);
+  const Operand up_weight = operand_transposed(p.up_weight);
+  const StoreEpilogue<T> store = store_to<T>(p.grad_x);
+  if (gated)
+    GatedGradients<Product>::run(rows(scratch.d_gate), operand_transposed(p.gate_weight), rows(scratch.d_up), up_weight,
+                                 shape, store, scratch.partial_x, scratch.parts, stream);
+  else
+    Product::template run<T, Major::k, Major::mn>(rows(scratch.d_up), up_weight, shape, store, scratch.parts, stream);
 }
 
 }  // namespace ffn

@@ -144,5 +144,15 @@ struct GatedProducts<HopperProduct> {
   }
 };
 
+// As one product of twice the depth.
+template <>
+struct GatedGradients<HopperProduct> {
+  template <class T>
+  static void run(const Operand& d_gate, const Operand& gate_weight, const Operand& d_up, const Operand& up_weight,
+                  GemmShape shape, const StoreEpilogue<T>& store, float*, float* parts, const Stream& stream) {
+    HopperProduct::run<T, Major::k, Major::mn>(d_gate, gate_weight, shape, store, parts, stream, {&d_up, &up_weight});
+  }
+};
+
 }  // namespace ffn
 }  // namespace llmfast::cuda
