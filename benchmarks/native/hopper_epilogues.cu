@@ -91,6 +91,7 @@ void time_shape(const char* shape_name, GemmShape s) {
   const bf16* bias = random_values(s.N, 1.0f);
   bf16 *c = random_values(s.M * s.N, 1.0f), *d = random_values(s.M * s.N, 1.0f), *e = allocate<bf16>(s.M * s.N);
   bf16 *f = allocate<bf16>(s.M * s.N), *g = allocate<bf16>(s.M * s.N);
+  auto* sums = allocate<float>(ceil_div(s.M, 64) * s.N);
   const auto map = [&](const bf16* data) { return make_tensor_map(mapped_rows(data, s.N, s)); };
   const auto store = OnHopper<StoreEpilogue<bf16>>::make({c, s.N}, s);
   const auto biased = OnHopper<StoreEpilogue<bf16>>::make({c, s.N, bias}, s);
@@ -103,9 +104,11 @@ void time_shape(const char* shape_name, GemmShape s) {
                       GatedBoxes<bf16>{map(c), map(d), map(e), nullptr, s.N, silu, true});
   time_both<Major::mn>("store, k,mn", a, by_n, nullptr, s, store);
   time_tile<HopperReadTile, Major::mn>("gelu slope pp128x128", a, by_n, nullptr, s,
-                                       SlopeBoxes<bf16, false>{map(e), map(f), map(f), map(d), map(d), gelu});
+                                       SlopeBoxes<bf16, false>{map(e), map(f), map(f), map(d), map(d), gelu, sums,
+                                                               s.M, s.N});
   time_tile<HopperReadTile, Major::mn>("swiglu slope pp128x128", a, by_n, nullptr, s,
-                                       SlopeBoxes<bf16, true>{map(e), map(f), map(g), map(d), map(c), silu});
+                                       SlopeBoxes<bf16, true>{map(e), map(f), map(g), map(d), map(c), silu, nullptr,
+                                                              s.M, s.N});
   auto* parts = allocate<cross_entropy::LogSum>(s.M * ceil_div(s.N, 128));
   float *row = allocate<float>(s.M), *other = allocate<float>(s.M);
   auto* target = allocate<int64_t>(s.M);
@@ -114,7 +117,7 @@ void time_shape(const char* shape_name, GemmShape s) {
                       LogitGradientBoxes<bf16>{map(c), row, other, target, s.M, 0, -100});
   for (const void* memory : {a.data, (const void*)weights, (const void*)more, (const void*)bias, (const void*)c,
                              (const void*)d, (const void*)e, (const void*)f, (const void*)g, (const void*)parts,
-                             (const void*)row, (const void*)other, (const void*)target})
+                             (const void*)row, (const void*)sums, (const void*)other, (const void*)target})
     cudaFree(const_cast<void*>(memory));
 }
 

@@ -58,6 +58,8 @@ struct SlopeBoxes {
   static constexpr int kSlabs = 2, kRead = kGated ? 2 : 1;
   TensorMap hidden, d_up, d_gate, up, gate;
   Activation activation;
+  float* bias_sums;  // [ceil(M / 64)][N], of d_up's rows; or null
+  int64_t M, N;
 
   __device__ const TensorMap* read(int which) const { return which == 0 ? &up : &gate; }
 
@@ -86,8 +88,11 @@ struct SlopeBoxes {
           if constexpr (kGated) g[i] = pack_pair<T>(of_gate[0], of_gate[1]);
         }
       });
+    float2 sums = make_float2(0.0f, 0.0f);
+    if (bias_sums) sums = slabs.share_sums(x);
     slabs.store(&hidden, u, m, n);
     slabs.release();
+    if (bias_sums) slabs.write_sums(sums, bias_sums, m, n, M, N);
     slabs.template store<T>(&d_up, x, m, n);
     if constexpr (kGated) slabs.store(&d_gate, g, m, n);
   }
@@ -115,9 +120,10 @@ struct OnHopper<ffn::SlopeEpilogue<T>> {
     const auto map = [&](const T* data, int64_t ld) { return make_tensor_map(mapped_rows(data, ld, shape)); };
     const TensorMap hidden = map(e.hidden, e.ld), d_up = map(e.d_up, e.ld), up = map(e.up, e.ld_up);
     if (e.gate)
-      body(SlopeBoxes<T, true>{hidden, d_up, map(e.d_gate, e.ld), up, map(e.gate, e.ld_gate), e.activation});
+      body(SlopeBoxes<T, true>{hidden, d_up, map(e.d_gate, e.ld), up, map(e.gate, e.ld_gate), e.activation, e.bias_sums,
+                               shape.M, shape.N});
     else
-      body(SlopeBoxes<T, false>{hidden, d_up, d_up, up, up, e.activation});
+      body(SlopeBoxes<T, false>{hidden, d_up, d_up, up, up, e.activation, e.bias_sums, shape.M, shape.N});
   }
 };
 
@@ -141,6 +147,18 @@ struct GatedProducts<HopperProduct> {
         GatedBoxes<T>{hidden, e.saved ? map(e.saved, e.ld_saved) : hidden, e.saved ? map(gate, e.ld_gate) : hidden,
                       e.bias, shape.N, e.activation, e.saved != nullptr},
         stream);
+  }
+};
+
+template <>
+struct SlopeProduct<HopperProduct> {
+  template <class T>
+  static bool run(const Operand& grad, const Operand& down_weight, GemmShape shape, SlopeEpilogue<T> epilogue,
+                  float* bias_sums, float* parts, const Stream& stream) {
+    const bool whole = hopper_plan(shape, true).parts == 1;
+    if (whole) epilogue.bias_sums = bias_sums;
+    HopperProduct::run<T, Major::k, Major::mn>(grad, down_weight, shape, epilogue, parts, stream);
+    return whole;
   }
 };
 

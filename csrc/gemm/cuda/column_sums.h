@@ -96,6 +96,13 @@ __global__ void __launch_bounds__(kSumThreads)
   out[n] = from_float<T>(sum);
 }
 
+// out[N] = sums of parts [count][N].
+template <class Product, class T>
+void add_column_parts(const float* parts, int64_t count, int64_t N, T* out, const Stream& stream) {
+  launch(stream, {static_cast<unsigned>(ceil_div(N, 32))}, kSumThreads, kSumThreads * sizeof(float),
+         add_column_parts_kernel<Product, T>, parts, count, N, out);
+}
+
 // out[N] = sums; `workspace`: column_sums_workspace(M, N) floats.
 template <class Product, class T>
 void column_sums(const T* x, int64_t stride_m, int64_t stride_n, int64_t M, int64_t N, T* out, float* workspace,
@@ -108,8 +115,7 @@ void column_sums(const T* x, int64_t stride_m, int64_t stride_n, int64_t M, int6
   else
     launch(stream, {static_cast<unsigned>(ceil_div(N, 32)), parts}, kSumThreads, kSumThreads * sizeof(float),
            sum_rows_kernel<Product, T>, x, stride_m, stride_n, M, N, workspace);
-  launch(stream, {static_cast<unsigned>(ceil_div(N, 32))}, kSumThreads, kSumThreads * sizeof(float),
-         add_column_parts_kernel<Product, T>, static_cast<const float*>(workspace), parts, N, out);
+  add_column_parts<Product>(workspace, parts, N, out, stream);
 }
 
 }  // namespace llmfast::cuda

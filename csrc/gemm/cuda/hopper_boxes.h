@@ -93,20 +93,21 @@ __device__ __forceinline__ void pack_box(uint32_t (&pairs)[16], const float (&x)
 }
 
 // The shared memory of one warpgroup's epilogue: a ring of slabs for what it stores, a ring of kRead slabs a place for
-// what it reads, a tile's part of the bias. The warpgroup's first thread deals with the copy engine.
+// what it reads, a tile's part of the bias or three warps' sums of a box's columns. The warpgroup's first thread deals with the copy engine.
 template <int kSlabs, int kRead>
 struct EpilogueMemory {
   static constexpr int kPlaces = kRead > 0 ? 4 / kRead : 0;  // of what is read; four boxes are a tile of 128 x 128
   static constexpr int kBiasColumns = 256;
+  static constexpr int kScratchBytes = kRead > 0 ? 3 * 64 * 4 : kBiasColumns * 2;  // sums of columns, or the bias
   static constexpr int kSlabsBytes = (kSlabs + kPlaces * kRead) * kSlabBytes;  // multiples of 1024, at `slabs`
-  static constexpr int kOtherBytes = kBiasColumns * 2 + kPlaces * 16;          // at `others`
+  static constexpr int kOtherBytes = kScratchBytes + kPlaces * 16;                 // at `others`
   uint32_t slabs, others;
 
   __device__ uint32_t read(int place, int which) const {
     return slabs + (kSlabs + place * kRead + which) * kSlabBytes;
   }
-  __device__ uint32_t full(int place) const { return others + kBiasColumns * 2 + place * 8; }
-  __device__ uint32_t empty(int place) const { return others + kBiasColumns * 2 + (kPlaces + place) * 8; }
+  __device__ uint32_t full(int place) const { return others + kScratchBytes + place * 8; }
+  __device__ uint32_t empty(int place) const { return others + kScratchBytes + (kPlaces + place) * 8; }
   __device__ void init() const {
     for (int i = 0; i < kPlaces; ++i) mbarrier_init(full(i), 1), mbarrier_init(empty(i), 1);
   }
@@ -161,6 +162,32 @@ class Slabs {
     place_.advance();
   }
 
+  // Sums over the 64 rows of a box: share_sums() before a store(), write_sums() between that and the next one, whose
+  // barriers order them. A lane keeps two columns; the first warp adds the others' and writes to[m / 64][n ...].
+  __device__ __forceinline__ float2 share_sums(const float (&x)[32]) const {
+    float sums[16];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) sums[i] = x[i / 2 * 4 + i % 2] + x[i / 2 * 4 + 2 + i % 2];
+    halve<16>(sums);
+    halve<8>(sums);
+    halve<4>(sums);
+    if (warp() % 4 > 0) {
+      store_shared(sums_of(warp() % 4 - 1), __float_as_uint(sums[0]));
+      store_shared(sums_of(warp() % 4 - 1) + 4, __float_as_uint(sums[1]));
+    }
+    return make_float2(sums[0], sums[1]);
+  }
+  __device__ __forceinline__ void write_sums(float2 own, float* to, int m, int n, int64_t M, int64_t N) const {
+    if (warp() % 4 > 0) return;
+#pragma unroll
+    for (int other = 0; other < 3; ++other) {
+      own.x += __uint_as_float(load_shared_word(sums_of(other)));
+      own.y += __uint_as_float(load_shared_word(sums_of(other) + 4));
+    }
+    const int64_t column = n + sum_column();
+    if (m < M && column < N) llmfast::cuda::store(to + m / 64 * N + column, own);
+  }
+
   // A tile's bias, two columns a thread: own_bias() starts the loads, hold_bias() shares what came. Each is called once
   // a tile, before its boxes, by the whole warpgroup.
   struct Bias {
@@ -194,6 +221,19 @@ class Slabs {
   __device__ static int chunk_of(int i) {
     return chunk_offset<64>(warp() % 4 * 16 + lane() % 16, 2 * i + lane() / 16);
   }
+  // Of kBit sums, the lanes with that bit keep the upper half, added to their partners' own.
+  template <int kBit>
+  __device__ __forceinline__ static void halve(float (&sums)[16]) {
+    const bool upper = lane() & kBit;
+#pragma unroll
+    for (int i = 0; i < kBit / 2; ++i) {
+      const float mine = upper ? sums[kBit / 2 + i] : sums[i], others = upper ? sums[i] : sums[kBit / 2 + i];
+      sums[i] = mine + __shfl_xor_sync(kAllLanes, others, kBit);
+    }
+  }
+  // The first of the two columns of a box whose sums this lane keeps.
+  __device__ static int sum_column() { return (lane() & 16) * 2 + (lane() & 8) * 2 + (lane() & 4) * 2 + lane() % 4 * 2; }
+  __device__ uint32_t sums_of(int which) const { return memory_.others + (which * 64 + sum_column()) * 4; }
   __device__ uint32_t bias_at(int n) const { return memory_.others + n % memory_.kBiasColumns * 2; }
 
   EpilogueMemory<kSlabs, kRead> memory_;
