@@ -39,7 +39,8 @@ def calls() -> int:
 
 def check(device, tensors, **options):
     before = calls()
-    ours = attention(*(t.to(device) for t in tensors), **options).cpu()
+    placed = {name: o.to(device) if isinstance(o, torch.Tensor) else o for name, o in options.items()}
+    ours = attention(*(t.to(device) for t in tensors), **placed).cpu()
     assert calls() == before + 1
     exact = reference.attention(*(t.double() for t in tensors), **options)
     assert_as_accurate(ours, torch_attention(*tensors, **options), exact, what="out")
@@ -64,6 +65,30 @@ def test_lse(hopper):
     torch.testing.assert_close(lse, scores.logsumexp(-1).float(), rtol=1e-5, atol=1e-5)
 
 
+def test_masks(hopper):
+    B, Hq, Tq, Tk = 2, 2, 140, 150
+    tensors = make(B, Hq, 1, Tq, Tk, 16, dtype=BF16)
+    check(hopper, tensors, mask=torch.rand(B, 1, 1, Tk) < 0.7)
+    check(hopper, tensors, mask=torch.randn(1, Hq, Tq, Tk).to(BF16), causal=True)
+    check(hopper, tensors, mask=torch.where(torch.rand(Tk, Tq) < 0.3, -INF, torch.randn(Tk, Tq)).t(), softcap=2.0)
+    hidden = torch.rand(1, Hq, Tq, Tk) < 0.5
+    hidden[:, :, 0] = False
+    hidden[:, 1] = False
+    out = check(hopper, tensors, mask=hidden)
+    assert (out[:, :, 0] == 0).all() and (out[:, 1] == 0).all()
+    check(hopper, make(1, 1, 1, 70, 170, 200, dtype=BF16), mask=torch.rand(70, 170) < 0.5)
+
+
+def test_rows_masked_with_the_lowest_number(hopper):
+    """Rows with nothing else average the values, as in PyTorch."""
+    q, k, v = make(1, 1, 1, 140, 70, 16, dtype=BF16)
+    mask = torch.zeros(140, 70)
+    mask[:, 30:] = torch.finfo(torch.float32).min
+    mask[0] = torch.finfo(torch.float32).min
+    out = check(hopper, (q, k, v), mask=mask)
+    torch.testing.assert_close(out[0, 0, 0].float(), v.float().mean((0, 1, 2)), rtol=2e-2, atol=2e-2)
+
+
 def test_rows_that_see_nothing(hopper):
     out = check(hopper, make(1, 2, 2, 150, 20, 16, dtype=BF16), causal=True)
     assert (out[:, :, :130] == 0).all() and (out[:, :, 130:] != 0).any(-1).all()
@@ -73,19 +98,23 @@ def test_rows_that_see_nothing(hopper):
 @pytest.mark.parametrize("D", [16, 136])
 def test_hidden_keys_and_values_do_not_leak(hopper, D, bad):
     Tq, Tk = 150, 200
+    some = torch.ones(Tq, Tk, dtype=torch.bool)
+    some[: Tq // 2, 40:60] = False  # the other queries do see the bad ones
     for options, spoiled in (
+        ({"mask": some}, torch.arange(Tk).clamp(40, 59) == torch.arange(Tk)),
         ({"causal": True}, torch.arange(Tk) == Tk - 9),
         ({"causal": True}, torch.arange(Tk) >= 100),
         ({"window": 20}, torch.arange(Tk) == 60),
     ):
         tensors = [t.to(hopper) for t in make(1, 2, 1, Tq, Tk, D, dtype=BF16)]
-        clean = attention(*tensors, **options)
+        device_options = {name: o.to(hopper) if name == "mask" else o for name, o in options.items()}
+        clean = attention(*tensors, **device_options)
         sees = reference.visible(Tq, Tk, causal="causal" in options, window=options.get("window"))
-        unhurt = ~(sees & spoiled).any(-1)
+        unhurt = ~(sees & options.get("mask", torch.ones(1, dtype=torch.bool)) & spoiled).any(-1)
         for which in (1, 2):
             spoilt = [t.clone() for t in tensors]
             spoilt[which][:, :, spoiled, 1::3] = bad
-            dirty = attention(*spoilt, **options)
+            dirty = attention(*spoilt, **device_options)
             assert torch.equal(clean[:, :, unhurt], dirty[:, :, unhurt]), options
             seen = dirty[:, :, ~unhurt]
             if which == 1:

@@ -18,7 +18,7 @@ constexpr int64_t kMostHeadDim = 256;  // of D and Dv
 
 void attention_forward_sm80(const AttentionParams& params, const Stream& stream);      // bf16, fp16
 void attention_forward_fma_sm80(const AttentionParams& params, const Stream& stream);  // float32
-// Compute capability 9.0; bf16, fp16. No mask tensor; 16-byte aligned rows.
+// Compute capability 9.0; bf16, fp16; rows at multiples of 16 bytes.
 bool attention_forward_sm90a_supports(const AttentionParams& params);
 void attention_forward_sm90a(const AttentionParams& params, const Stream& stream);
 void attention_backward_sm80(const AttentionBackwardParams& params, const Stream& stream);

@@ -125,7 +125,7 @@ __device__ __forceinline__ bool find_work(const HopperForwardParams& p, int inde
   work.end_tile = top.begin < bottom.end ? (bottom.end + Tile::kKeys - 1) / Tile::kKeys : work.first_tile;
   work.full_first = (bottom.begin + Tile::kKeys - 1) / Tile::kKeys;
   work.full_end = top.end / Tile::kKeys;
-  if (work.full_first >= work.full_end) work.full_first = work.full_end = work.first_tile;
+  if (work.full_first >= work.full_end || p.mask.data) work.full_first = work.full_end = work.first_tile;
   return true;
 }
 
@@ -140,7 +140,8 @@ __device__ __forceinline__ void post(uint32_t slot, const HopperWork& work) {
 }
 // Read again wherever it is needed: registers are scarce.
 __device__ __forceinline__ HopperWork posted(uint32_t slot) {
-  const Bytes16 a = load_shared(slot), b = load_shared(slot + 16), c = load_shared(slot + 32), d = load_shared(slot + 48);
+  const Bytes16 a = load_shared(slot), b = load_shared(slot + 16);
+  const Bytes16 c = load_shared(slot + 32), d = load_shared(slot + 48);
   const auto at = [](const Bytes16& bytes, int i) { return static_cast<int>(bytes.word[i]); };
   return {at(a, 0), at(a, 1), at(a, 2), at(a, 3), at(b, 0), at(b, 1), at(b, 2), at(b, 3),
           at(c, 0), at(c, 1), at(c, 2), at(c, 3), at(d, 0), at(d, 1), {0, 0}};
@@ -165,7 +166,7 @@ struct WorkOrder {
   }
 };
 
-// ---- softmax on accumulators -----------------------------------------------------------------------------------------
+// ---- softmax on accumulators ----------------------------------------------------------------------------------------
 // Element i of a thread's scores is in its row i / 2 % 2 (ptx/warpgroup.h); four lanes share a row.
 
 template <int kCount>
@@ -222,7 +223,7 @@ __device__ __forceinline__ void scale_rows(float (&acc)[kCount], const float (&f
   for (int i = 0; i < kCount; ++i) acc[i] *= factor[i / 2 % 2];
 }
 
-// ---- the two products ------------------------------------------------------------------------------------------------
+// ---- the two products -----------------------------------------------------------------------------------------------
 
 // A matrix descriptor (ptx/warpgroup.h) in two words: moving on inside the operand is one 32-bit addition.
 template <int kLeading>
@@ -259,10 +260,10 @@ __device__ __forceinline__ void issue_values(float (&out)[Tile::kD / 2], const u
   warpgroup_commit();
 }
 
-// ---- values that hold NaN or infinity --------------------------------------------------------------------------------
+// ---- values that hold NaN or infinity -------------------------------------------------------------------------------
 // A hidden key has weight 0, but 0 * NaN would spoil the sums of queries that do not see it. In tiles that hide
-// something warps beside the producer look for such rows of V, while the consumers work on the scores; they note them in
-// a bit mask and zero them. Consumers add a noted row's contribution, read from memory, where its weight is not 0.
+// something warps beside the producer look for such rows of V, while the consumers work on the scores; they note them
+// in a bit mask and zero them. Consumers add a noted row's contribution, read from memory, where its weight is not 0.
 
 // Warp `searcher` of kSearchers looks through its share of a tile.
 template <class T, class Tile>
@@ -319,7 +320,7 @@ __device__ __forceinline__ void add_bad_values(float (&out)[Tile::kD / 2], const
 #pragma unroll 1
     for (uint32_t rest = word & 2 ? high : low; rest; rest &= rest - 1) {
       const int row = word * 32 + __ffs(static_cast<int>(rest)) - 1;
-      // weights[row / 8 * 4 + 2 * half + row % 2], by masks: an index known at run time would move them to local memory.
+      // weights[row / 8 * 4 + 2 * half + row % 2], by masks: an index known at run time would need local memory.
       uint32_t bits[2] = {0, 0};
 #pragma unroll
       for (int i = 0; i < Tile::kKeys / 2; ++i)

@@ -72,6 +72,16 @@ struct Consumer {
     const Span visible[2] = {work.keys_of(my_row(0)), work.keys_of(my_row(1))};
     hide_outside(as_fragments(scores), visible, tile * Tile::kKeys);
   }
+  // Scores as they are before softmax; with a mask tensor, every tile is one that hides something.
+  __device__ __forceinline__ void finish_scores(Scores& scores, int tile) const {
+    if constexpr (!kFinished) return;
+    scale_scores(as_fragments(scores), scale);
+    if (!p.mask.data) return;
+    const HopperWork work = posted(slot);
+    const int first = work.first_row + group * kGroupRows + warp() % 4 * 16;
+    add_mask(as_fragments(scores), mask_rows<false>(p, work.sequence, work.head, first, work.end_row - 1, work.Tk),
+             tile * Tile::kKeys);
+  }
   __device__ __forceinline__ void add_bad(Out& out, const Scores& weights, int tile) {
     mbarrier_wait(base + Tile::kValuesSearched + 8 * value.stage, searched >> value.stage & 1);
     searched ^= 1u << value.stage;
@@ -101,7 +111,7 @@ struct Consumer {
     warpgroup_wait<0>();
     pin_registers(scores);
     release_keys();
-    if constexpr (kFinished) scale_scores(as_fragments(scores), scale);
+    finish_scores(scores, tile);
     if (hides) hide(scores, tile);
     softmax.update(scores, scale.factor(), keep);
     scale_rows(out, keep);
@@ -114,9 +124,9 @@ struct Consumer {
     release_values();
   }
 
-  // `tiles` of which all but the first, `tile`, hide nothing: Q K^T of one and P V of the one before are issued together,
-  // and the softmax of the one runs under the P V of the other. ptxas would move the wait for P V up to the wait for Q K^T; a store of what the softmax
-  // ends with holds it below.
+  // `tiles` of which all but the first, `tile`, hide nothing: Q K^T of one and P V of the one before are issued
+  // together, and the softmax of the one runs under the P V of the other. ptxas would move the wait for P V up to the
+  // wait for Q K^T; a store of what the softmax ends with holds it below.
   __device__ __forceinline__ void overlapped_steps(int tile, bool hides, int tiles, Out& out, HopperSoftmax& softmax) {
     Scores scores;
     Weights weights;

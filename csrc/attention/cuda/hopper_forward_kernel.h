@@ -5,7 +5,7 @@
 
 namespace llmfast::cuda {
 
-// ---- producer --------------------------------------------------------------------------------------------------------
+// ---- producer -------------------------------------------------------------------------------------------------------
 
 // One thread finds work and posts it.
 template <class Tile>
@@ -56,7 +56,8 @@ __device__ __forceinline__ void produce(const HopperForwardParams& p, const Tens
                 work.first_q + work.first_row, work.head * p.q_steps.head, sequence * p.q_steps.sequence);
     query.advance();
 
-    const auto load = [&](uint32_t to, uint32_t full, const TensorMap* map, int tile, HopperForwardParams::Steps steps) {
+    const auto load = [&](uint32_t to, uint32_t full, const TensorMap* map, int tile,
+                          HopperForwardParams::Steps steps) {
       mbarrier_arrive_expect(full, Tile::kKeyBytes);
 #pragma unroll
       for (int panel = 0; panel < Tile::kPanels; ++panel)
@@ -107,7 +108,7 @@ __device__ __forceinline__ void search(uint32_t base, int searcher) {
   }
 }
 
-// ---- kernel ----------------------------------------------------------------------------------------------------------
+// ---- kernel ---------------------------------------------------------------------------------------------------------
 
 template <class T, class Tile, bool kFinished>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
@@ -147,13 +148,18 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   }
 }
 
-// ---- host ------------------------------------------------------------------------------------------------------------
+// ---- host -----------------------------------------------------------------------------------------------------------
 
 // Heads of all sequences as a tensor of four dimensions. One along which nothing moves has size 1.
 inline MappedTensor mapped_heads(const HeadTensor& t, int64_t D, int64_t tokens, int64_t heads, int64_t sequences,
                                  int box_rows) {
-  MappedTensor m{t.data, t.dtype, 4, {D, tokens, heads, sequences}, {1, t.token_stride, t.head_stride, t.sequence_stride},
-                 {kPanel, box_rows, 1, 1}, Swizzle::bytes128};
+  MappedTensor m{t.data,
+                 t.dtype,
+                 4,
+                 {D, tokens, heads, sequences},
+                 {1, t.token_stride, t.head_stride, t.sequence_stride},
+                 {kPanel, box_rows, 1, 1},
+                 Swizzle::bytes128};
   if (tokens == 1) m.stride[1] = kPanel;
   for (int i = 2; i < 4; ++i)
     if (m.size[i] == 1 || m.stride[i] == 0) m.size[i] = 1, m.stride[i] = kPanel;
@@ -179,8 +185,8 @@ struct HopperForwardTensors {
   }
 };
 
-// `blocks`: of the grid; 0: one for each piece of work. `tickets`: see HopperForwardParams. kFinished: a softcap, or a
-// scale that is not positive.
+// `blocks`: of the grid; 0: one for each piece of work. `tickets`: see HopperForwardParams. kFinished: a softcap, a
+// mask tensor, or a scale that is not positive.
 template <class T, class Tile, bool kFinished>
 void launch_hopper_forward(const AttentionParams& params, const Stream& stream, int blocks, int* tickets = nullptr) {
   HopperForwardParams p;
