@@ -1,6 +1,7 @@
 // Parts of the Hopper attention forward (attention_fwd_sm90a.cu): shared-memory plan, order of work, softmax on
 // accumulators, rows that hold NaN.
 #pragma once
+#include "attention/cuda/forward_order.h"
 #include "attention/cuda/rows.h"
 #include "attention/cuda/scores.h"
 #include "ptx/barrier.h"
@@ -53,8 +54,7 @@ struct HopperForwardTile {
 // What a kernel is given besides the tensors' maps. Dimensions along which a tensor does not move (stride 0) have
 // size 1 in its map; the coordinate is multiplied by 0.
 struct HopperForwardParams : AttentionParams {
-  int64_t query_tiles;  // of all sequences, for one head
-  int* tickets;         // work is handed out by this counter, 0 at the start; null: in a fixed order
+  ForwardOrder order;
   struct Steps {
     int sequence, head;
   } q_steps, k_steps, v_steps;
@@ -87,16 +87,14 @@ __device__ __forceinline__ int clamped(int64_t value, int least, int most) {
   return value < least ? least : value > most ? most : static_cast<int>(value);
 }
 
-// Work is numbered so that neighbours share keys: heads of a group first, then tiles, the longest first, then kv heads.
 // False where the tile of a packed sequence does not exist.
 template <class Tile>
 __device__ __forceinline__ bool find_work(const HopperForwardParams& p, int index, HopperWork& work) {
-  const int group = static_cast<int>(p.Hq) / static_cast<int>(p.Hkv), tiles = static_cast<int>(p.query_tiles);
-  const int rest = index / group, at = rest % tiles, tokens = static_cast<int>(p.Tq);
-  work.kv_head = rest / tiles;
-  work.head = work.kv_head * group + index % group;
-  // As token_tile() says, in 32 bits.
-  if (p.first_q) {
+  const ForwardOrder::Piece piece = p.order.at(index);
+  const int at = piece.tile, tokens = static_cast<int>(p.Tq), kv_heads = static_cast<int>(p.Hkv);
+  work.kv_head = piece.unit % kv_heads;
+  work.head = work.kv_head * p.order.group + piece.head;
+  if (p.first_q) {  // as token_tile() says, in 32 bits
     int low = 0;
     for (int high = static_cast<int>(p.B); high - low > 1;) {
       const int middle = (low + high) / 2;
@@ -106,9 +104,8 @@ __device__ __forceinline__ bool find_work(const HopperForwardParams& p, int inde
     work.sequence = low;
     work.first_row = (at - low - clamped(p.first_q[low], tokens) / Tile::kRows) * Tile::kRows;
   } else {
-    const int of_sequence = (tokens + Tile::kRows - 1) / Tile::kRows;
-    work.sequence = at / of_sequence;
-    work.first_row = (of_sequence - 1 - at % of_sequence) * Tile::kRows;
+    work.sequence = piece.unit / kv_heads;
+    work.first_row = at * Tile::kRows;
   }
   const Sequence s = sequence_of(p, work.sequence);
   if (work.first_row >= s.Tq) return false;
@@ -146,25 +143,6 @@ __device__ __forceinline__ HopperWork posted(uint32_t slot) {
   return {at(a, 0), at(a, 1), at(a, 2), at(a, 3), at(b, 0), at(b, 1), at(b, 2), at(b, 3),
           at(c, 0), at(c, 1), at(c, 2), at(c, 3), at(d, 0), at(d, 1), {0, 0}};
 }
-
-// A block's share of `count` pieces of work: by the counter, or there and back over the blocks, so that no block gets
-// the longer of each round.
-struct WorkOrder {
-  int count, next_first = 0;
-  bool back = false;
-
-  __device__ int next(const HopperForwardParams& p) {  // count or more: no more
-    if (p.tickets) return atomicAdd(p.tickets, 1);
-    const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
-    while (next_first < count) {
-      const int index = next_first + (back ? blocks - 1 - block : block);
-      next_first += blocks;
-      back = !back;
-      if (index < count) return index;
-    }
-    return count;
-  }
-};
 
 // ---- softmax on accumulators ----------------------------------------------------------------------------------------
 // Element i of a thread's scores is in its row i / 2 % 2 (ptx/warpgroup.h); four lanes share a row.

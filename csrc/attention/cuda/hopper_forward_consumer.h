@@ -52,6 +52,11 @@ struct Consumer {
     value.advance();
   }
 
+  // Q has been read for the last time: the next tile's may come while this one's softmax and output go on.
+  __device__ __forceinline__ void release_queries(bool last) const {
+    if (Tile::kOutApart && last) release(Tile::kQueriesEmpty);
+  }
+
   // ---- products
   __device__ __forceinline__ void start_scores(Scores& scores) const {
     warpgroup_fence();
@@ -102,7 +107,7 @@ struct Consumer {
 
   // ---- the loop over keys
   // Products, softmax and products of one tile, one after the other.
-  __device__ __forceinline__ void step(int tile, bool hides, Out& out, HopperSoftmax& softmax) {
+  __device__ __forceinline__ void step(int tile, bool hides, bool last, Out& out, HopperSoftmax& softmax) {
     Scores scores;
     Weights weights;
     float keep[2];
@@ -111,6 +116,7 @@ struct Consumer {
     warpgroup_wait<0>();
     pin_registers(scores);
     release_keys();
+    release_queries(last);
     finish_scores(scores, tile);
     if (hides) hide(scores, tile);
     softmax.update(scores, scale.factor(), keep);
@@ -127,7 +133,8 @@ struct Consumer {
   // `tiles` of which all but the first, `tile`, hide nothing: Q K^T of one and P V of the one before are issued
   // together, and the softmax of the one runs under the P V of the other. ptxas would move the wait for P V up to the
   // wait for Q K^T; a store of what the softmax ends with holds it below.
-  __device__ __forceinline__ void overlapped_steps(int tile, bool hides, int tiles, Out& out, HopperSoftmax& softmax) {
+  __device__ __forceinline__ void overlapped_steps(int tile, bool hides, int tiles, bool last, Out& out,
+                                                   HopperSoftmax& softmax) {
     Scores scores;
     Weights weights;
     float keep[2];
@@ -138,6 +145,7 @@ struct Consumer {
     warpgroup_wait<0>();
     pin_registers(scores);
     release_keys();
+    release_queries(last && tiles == 1);
     if constexpr (kFinished) scale_scores(as_fragments(scores), scale);
     if (hides) hide(scores, tile);
     softmax.update(scores, scale.factor(), keep);
@@ -157,6 +165,7 @@ struct Consumer {
       warpgroup_wait<1>();
       pin_registers(scores);
       release_keys();
+      release_queries(last && left == 1);
       if constexpr (kFinished) scale_scores(as_fragments(scores), scale);
       softmax.update(scores, scale.factor(), keep);
       store_shared(base + Tile::kScratchAt + lane() * 4, __float_as_uint(softmax.sum[0] + softmax.sum[1]));
@@ -176,7 +185,7 @@ struct Consumer {
   __device__ __forceinline__ void all_steps(const HopperWork& work, Out& out, HopperSoftmax& softmax) {
     if constexpr (Tile::kLoop == Loop::simple) {
 #pragma unroll 1
-      for (int tile = work.end_tile - 1; tile >= work.first_tile; --tile) step(tile, work.hides(tile), out, softmax);
+      for (int tile = work.end_tile - 1; tile >= work.first_tile; --tile) step(tile, work.hides(tile), tile == work.first_tile, out, softmax);
     } else {
       // Tiles that hide something: at the end, then at the beginning; those between, and the one after which they come.
       const int full = work.full_end - work.full_first;
@@ -186,10 +195,10 @@ struct Consumer {
         const bool joins = full > 0 && (tile == work.full_end || tile == work.full_end - 1);
         if (joins) {
           const bool hides = tile == work.full_end;
-          overlapped_steps(tile, hides, full + hides, out, softmax);
+          overlapped_steps(tile, hides, full + hides, work.full_first == work.first_tile, out, softmax);
           tile = work.full_first;
         } else {
-          step(tile, true, out, softmax);
+          step(tile, true, tile == work.first_tile, out, softmax);
         }
       }
     }
@@ -272,7 +281,6 @@ struct Consumer {
       if (!Tile::kOutApart || !work.empty()) {
         mbarrier_wait(base + Tile::kQueriesFull, query.parity);
         all_steps(work, out, softmax);
-        if (Tile::kOutApart) release(Tile::kQueriesEmpty);
         query.advance();
       }
       finish(out, softmax, out_map);
