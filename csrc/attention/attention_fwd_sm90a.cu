@@ -25,23 +25,36 @@
 namespace llmfast::cuda {
 namespace {
 
-using Tile64 = HopperForwardTile<64, 2, 128, 2, 2, true, Loop::overlapped, true, 40, 232>;
-using Tile128 = HopperForwardTile<128, 2, 128, 2, 2, true, Loop::overlapped, true, 40, 232>;
-using Tile256 = HopperForwardTile<256, 2, 80, 2, 2, false, Loop::simple, false, 40, 232>;
+using Tile64 = HopperForwardTile<64, 2, 128, 2, 2, true, 40, 232>;
+using Tile64Wide = HopperForwardTile<64, 3, 128, 2, 2, true, 32, 160>;
+using Tile128 = HopperForwardTile<128, 2, 128, 2, 2, true, 40, 232>;
+using Tile256 = HopperForwardTile<256, 2, 80, 2, 2, false, 40, 232>;
 
 template <class T, class Tile>
-void launch(const AttentionParams& p, const Stream& stream) {
-  const int blocks = device_info(stream.device).multiprocessors;
-  if (p.softcap > 0.0f || p.mask.data || !(p.scale > 0.0f)) launch_hopper_forward<T, Tile, true>(p, stream, blocks);
-  else launch_hopper_forward<T, Tile, false>(p, stream, blocks);
+void launch(const AttentionParams& p, const Stream& stream, int blocks) {
+  switch (masking_of<Tile>(p)) {
+    case Masking::band: return launch_hopper_forward<T, Tile, Masking::band>(p, stream, blocks);
+    case Masking::keys: return launch_hopper_forward<T, Tile, Masking::keys>(p, stream, blocks);
+    case Masking::anything: return launch_hopper_forward<T, Tile, Masking::anything>(p, stream, blocks);
+  }
+}
+
+// Three consumers share a step's K and V, and their turns fill each other's gaps better, where rows see many keys and
+// there are tiles enough.
+bool takes_wide(const AttentionParams& p, int blocks) {
+  const bool many_keys = !p.first_q && p.Tk >= 2048 && (p.left >= 2048 || p.right >= 2048);
+  const bool many_tiles = p.B * p.Hq * (p.Tq / Tile64Wide::kRows) >= 3 * blocks;
+  return many_keys && many_tiles && masking_of<Tile64Wide>(p) == Masking::band;
 }
 
 template <class T>
 void forward(const AttentionParams& p, const Stream& stream) {
   const int64_t D = p.D > p.Dv ? p.D : p.Dv;
-  if (D <= 64) launch<T, Tile64>(p, stream);
-  else if (D <= 128) launch<T, Tile128>(p, stream);
-  else launch<T, Tile256>(p, stream);
+  const int blocks = device_info(stream.device).multiprocessors;
+  if (D <= 64 && takes_wide(p, blocks)) launch_hopper_forward<T, Tile64Wide, Masking::band>(p, stream, blocks);
+  else if (D <= 64) launch<T, Tile64>(p, stream, blocks);
+  else if (D <= 128) launch<T, Tile128>(p, stream, blocks);
+  else launch<T, Tile256>(p, stream, blocks);
 }
 
 }  // namespace

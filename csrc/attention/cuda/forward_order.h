@@ -39,10 +39,9 @@ struct ForwardOrder {
   }
 };
 
-// Sections for tensors of `tokens` keys of `key_bytes` (K and V together). Where all tiles are about as long a unit is a
-// section: neighbours share the most. Where lengths differ as under a causal mask a section is at least four rounds of
-// the blocks, or the blocks' sums would differ, and as many units as leave their keys and values in the second-level
-// cache.
+// Sections for units of `tokens` keys of `key_bytes` (K and V together). Where all tiles are about as long, each unit
+// is one: neighbours share the most. Where lengths differ, as under a causal mask, a section is at least four rounds of
+// the blocks, or their sums would differ, and as many units as leave their keys and values in the second-level cache.
 inline int forward_sections(int64_t units, int64_t group, int64_t tiles, bool lengths_differ, int64_t tokens,
                             int64_t key_bytes, int blocks) {
   constexpr int64_t kRounds = 4, kCacheBytes = 40 << 20;

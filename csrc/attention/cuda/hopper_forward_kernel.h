@@ -7,22 +7,33 @@ namespace llmfast::cuda {
 
 // ---- producer -------------------------------------------------------------------------------------------------------
 
-// One thread finds work and posts it.
-template <class Tile>
+// One warp finds work and posts it.
+template <class Tile, Masking kMasking>
 __device__ __forceinline__ void hand_out_work(const HopperForwardParams& p, uint32_t base) {
   const int works = p.order.count(), blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
   RingPlace<2> slot;
   HopperWork work;
-  int round = 0;
+  int round = 0, masks[2] = {-1, -1};  // whose bits stand beside each
   for (bool found = true; found; slot.advance()) {
     for (found = false; !found && round * blocks < works; ++round) {
       const int index = ForwardOrder::share(round, block, blocks);
-      found = index < works && find_work<Tile>(p, index, work);
+      found = index < works && find_work<Tile, kMasking>(p, index, work);
     }
     if (!found) work.end_tile = -1;
     mbarrier_wait(base + Tile::kWorkEmpty + 8 * slot.stage, slot.parity ^ 1);
-    post(base + Tile::kWorkAt + 64 * slot.stage, work);
-    mbarrier_arrive(base + Tile::kWorkFull + 8 * slot.stage);
+    if (kMasking == Masking::keys && found) {
+      const uint32_t bits = base + Tile::kMaskAt + slot.stage * (Tile::kMaskKeys / 8);
+      const int heads = p.mask.head_stride ? static_cast<int>(p.Hq) : 1;
+      const int mask = work.sequence * heads + work.head % heads;
+      if ((slot.stage ? masks[1] : masks[0]) != mask) note_mask(p, work, bits);
+      (slot.stage ? masks[1] : masks[0]) = mask;
+      narrow<Tile>(work, bits);
+    }
+    __syncwarp();
+    if (lane() == 0) {
+      post(base + Tile::kWorkAt + 64 * slot.stage, work);
+      mbarrier_arrive(base + Tile::kWorkFull + 8 * slot.stage);
+    }
   }
 }
 
@@ -111,7 +122,7 @@ __device__ __forceinline__ void search(uint32_t base, int searcher) {
 
 // ---- kernel ---------------------------------------------------------------------------------------------------------
 
-template <class T, class Tile, bool kFinished>
+template <class T, class Tile, Masking kMasking>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     hopper_forward_kernel(const HopperForwardParams p, const __grid_constant__ TensorMap q,
                           const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v,
@@ -142,10 +153,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     registers_shrink<Tile::kProducerRegisters>();
     if (warp() >= 2) search<T, Tile>(base, warp() - 2);
     else if (thread() == 0) produce<Tile>(p, &q, &k, &v, base);
-    else if (thread() == kWarpSize) hand_out_work<Tile>(p, base);
+    else if (warp() == 1) hand_out_work<Tile, kMasking>(p, base);
   } else {
     registers_grow<Tile::kConsumerRegisters>();
-    Consumer<T, Tile, kFinished>(p, base, warp() / 4 - 1).run(&out);
+    Consumer<T, Tile, kMasking>(p, base, warp() / 4 - 1).run(&out);
   }
 }
 
@@ -196,8 +207,17 @@ ForwardOrder order_of(const AttentionParams& p, int blocks) {
   return {static_cast<int>(units), static_cast<int>(group), static_cast<int>(tiles), sections};
 }
 
-// kFinished: a softcap, a mask tensor, or a scale that is not positive. `sections` 0: as order_of() says.
-template <class T, class Tile, bool kFinished>
+// Masking::keys has room for so many keys.
+template <class Tile>
+Masking masking_of(const AttentionParams& p) {
+  const bool keys = p.mask.data && p.mask.dtype == DType::boolean && p.mask.query_stride == 0;
+  if (p.softcap > 0.0f || !(p.scale > 0.0f) || (p.mask.data && !keys)) return Masking::anything;
+  if (!p.mask.data) return Masking::band;
+  return p.Tk <= Tile::kMaskKeys ? Masking::keys : Masking::anything;
+}
+
+// `sections` 0: as order_of() says.
+template <class T, class Tile, Masking kMasking>
 void launch_hopper_forward(const AttentionParams& params, const Stream& stream, int blocks, int sections = 0) {
   HopperForwardParams p;
   static_cast<AttentionParams&>(p) = params;
@@ -207,7 +227,7 @@ void launch_hopper_forward(const AttentionParams& params, const Stream& stream, 
   const HopperForwardTensors t(p, Tile::kRows, Tile::kKeys);
   const int works = p.order.count();
   launch(stream, {static_cast<unsigned>(works < blocks ? works : blocks)}, Tile::kThreads, size_t{Tile::kBytes},
-         hopper_forward_kernel<T, Tile, kFinished>, p, make_tensor_map(t.q), make_tensor_map(t.k), make_tensor_map(t.v),
+         hopper_forward_kernel<T, Tile, kMasking>, p, make_tensor_map(t.q), make_tensor_map(t.k), make_tensor_map(t.v),
          make_tensor_map(t.out));
 }
 
