@@ -111,6 +111,17 @@ def test_masks_of_keys_differ_between_heads_and_skip_tiles(hopper):
         assert module.counters()["warpgroup_products"] == 2 * 2 * 2 * (4 + 8)  # heads, tiles, warpgroups; Q K^T, P V
 
 
+@pytest.mark.parametrize(("Tk", "D"), [(160, 64), (176, 256), (150, 64)])
+def test_boolean_masks_of_rows(hopper, Tk, D):
+    """Read in pieces of 16 bytes where rows lie so; also views into longer ones."""
+    Tq = 140
+    tensors = make(1, 2, 1, Tq, Tk, D, dtype=BF16)
+    mask = torch.rand(1, 2, Tq, 192) < 0.5
+    mask[:, :, 5] = False
+    check(hopper, tensors, mask=mask[..., :Tk])
+    check(hopper, tensors, mask=(torch.rand(Tq, Tk) < 0.5), causal=True)
+
+
 def test_rows_masked_with_the_lowest_number(hopper):
     """Rows with nothing else average the values, as in PyTorch."""
     q, k, v = make(1, 1, 1, 140, 70, 16, dtype=BF16)

@@ -39,16 +39,16 @@ struct ForwardOrder {
   }
 };
 
-// Sections for units of `tokens` keys of `key_bytes` (K and V together). Where all tiles are about as long, each unit
-// is one: neighbours share the most. Where lengths differ, as under a causal mask, a section is at least four rounds of
-// the blocks, or their sums would differ, and as many units as leave their keys and values in the second-level cache.
-inline int forward_sections(int64_t units, int64_t group, int64_t tiles, bool lengths_differ, int64_t tokens,
-                            int64_t key_bytes, int blocks) {
-  constexpr int64_t kRounds = 4, kCacheBytes = 40 << 20;
+// Where all tiles are about as long, each unit is a section: neighbours share the most. Where lengths differ, as under
+// a causal mask, a section lasts three rounds of the blocks, or their sums would differ (by half, where a head has about
+// as many tiles as there are blocks); half as many where units are short, since a section's keys and values would
+// outgrow the second-level cache before they are read again. Simulated: the longest sum is within 5% of the mean where
+// there are many rounds of a length from 4096 on, mostly within 1%.
+inline int forward_sections(int64_t units, int64_t group, int64_t tiles, bool lengths_differ, int blocks) {
   if (!lengths_differ) return static_cast<int>(units);
-  const int64_t work = tiles * group, least = (kRounds * blocks + work - 1) / work;
-  const int64_t cached = kCacheBytes / (tokens * key_bytes + 1), size = least > cached ? least : cached;
-  return static_cast<int>(units / size > 1 ? units / size : 1);
+  const int64_t works = tiles * group, least = works >= 32 ? 3 * blocks : 3 * blocks / 2;
+  const int64_t size = (least + works - 1) / works;
+  return static_cast<int>(units > size ? units / size : 1);
 }
 
 }  // namespace llmfast::cuda

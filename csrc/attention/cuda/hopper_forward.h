@@ -15,9 +15,9 @@ namespace llmfast::cuda {
 constexpr int kWarpgroup = 128, kGroupRows = 64;  // threads of a warpgroup; queries that one owns
 constexpr int kPanel = 64;                        // elements in a 128-byte row of a box
 
-// What may hide keys or change scores. band: `left` and `right` alone; keys: also a boolean mask tensor that is the
-// same for all queries, such as padding; anything: any mask tensor, a softcap, a scale that is not positive.
-enum class Masking { band, keys, anything };
+// What may hide keys or change scores. band: `left` and `right` alone; boolean: also a boolean mask tensor; anything:
+// also any other, a softcap, a scale that is not positive.
+enum class Masking { band, boolean, anything };
 
 // kConsumers warpgroups of 64 queries against kKeys keys a step, heads padded to kD. kOutApart: the output has shared
 // memory of its own, so that the next tile's Q can come while this tile's output goes.
@@ -38,7 +38,7 @@ struct HopperForwardTile {
   static constexpr int kBadAt = kValuesAt + kValueStages * kKeyBytes;  // which values hold NaN or infinity
   static constexpr int kWorkAt = kBadAt + kValueStages * kWords * 4;  // two HopperWork
   static constexpr int kScratchAt = kWorkAt + 2 * 64;                 // nobody reads it
-  static constexpr int kMaskKeys = kD <= 128 ? 16384 : 4096;  // most keys of Masking::keys, a bit each
+  static constexpr int kMaskKeys = kD <= 128 ? 16384 : 4096;  // most keys of a boolean mask of keys, a bit each
   static constexpr int kMaskAt = kScratchAt + 4 * kWarpSize;  // beside each HopperWork
   static constexpr int kBarriersAt = kMaskAt + 2 * kMaskKeys / 8;
   static constexpr int kQueriesFull = kBarriersAt, kQueriesEmpty = kQueriesFull + 8;
@@ -89,6 +89,11 @@ __device__ __forceinline__ int clamped(int64_t value, int least, int most) {
   return value < least ? least : value > most ? most : static_cast<int>(value);
 }
 
+// Boolean, and the same for all queries, such as padding.
+__host__ __device__ inline bool is_of_keys(const MaskTensor& m) {
+  return m.dtype == DType::boolean && m.query_stride == 0;
+}
+
 // False where the tile of a packed sequence does not exist.
 template <class Tile, Masking kMasking>
 __device__ __forceinline__ bool find_work(const HopperForwardParams& p, int index, HopperWork& work) {
@@ -124,13 +129,31 @@ __device__ __forceinline__ bool find_work(const HopperForwardParams& p, int inde
   work.end_tile = top.begin < bottom.end ? (bottom.end + Tile::kKeys - 1) / Tile::kKeys : work.first_tile;
   work.full_first = (bottom.begin + Tile::kKeys - 1) / Tile::kKeys;
   work.full_end = top.end / Tile::kKeys;
-  const bool hides_all_over = kMasking == Masking::anything && p.mask.data;
+  const bool hides_all_over = kMasking != Masking::band && p.mask.data && !is_of_keys(p.mask);
   if (work.full_first >= work.full_end || hides_all_over) work.full_first = work.full_end = work.first_tile;
   return true;
 }
 
-// ---- a boolean mask of keys -----------------------------------------------------------------------------------------
-// As bits in shared memory, written by the warp that finds work.
+// ---- a boolean mask -------------------------------------------------------------------------------------------------
+
+// Of 16 keys from `key` on, a bit each; `row`: of the mask, 16-byte aligned. Zeros beyond Tk.
+__device__ __forceinline__ uint32_t mask_bits(const char* row, int key, int Tk) {
+  uint32_t bits = 0;
+  if (key + 16 <= Tk) {
+    const Bytes16 bytes = load<Bytes16>(row + key);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t set = (((bytes.word[i] & 0x7f7f7f7fu) + 0x7f7f7f7fu) | bytes.word[i]) >> 7 & 0x01010101u;
+      bits |= (set * 0x01020408u >> 24 & 0xfu) << 4 * i;
+    }
+  } else {
+#pragma unroll 1
+    for (int i = 0; key + i < Tk; ++i) bits |= (row[key + i] != 0 ? 1u : 0u) << i;
+  }
+  return bits;
+}
+
+// One of keys is kept as bits in shared memory, written by the warp that finds work.
 
 __device__ __forceinline__ void note_mask(const HopperForwardParams& p, const HopperWork& work, uint32_t bits) {
   const char* const row = mask_element(p, work.sequence, work.head, 0, 0);

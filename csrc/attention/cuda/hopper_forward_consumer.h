@@ -79,9 +79,10 @@ struct Consumer {
     const HopperWork work = posted(slot);
     const Span visible[2] = {work.keys_of(my_row(0)), work.keys_of(my_row(1))};
     hide_outside(as_fragments(scores), visible, tile * Tile::kKeys);
-    if constexpr (kMasking == Masking::keys) hide_masked(scores, tile);
+    if constexpr (kMasking == Masking::boolean) hide_masked(scores, tile);
   }
   __device__ __forceinline__ void hide_masked(Scores& scores, int tile) const {
+    if (!is_of_keys(p.mask)) return hide_in_rows(scores, tile);
     const uint32_t bits = base + Tile::kMaskAt + (slot - base - Tile::kWorkAt) / 64 * (Tile::kMaskKeys / 8);
 #pragma unroll
     for (int j = 0; j < Tile::kKeys / 8; j += 2) {
@@ -90,6 +91,33 @@ struct Consumer {
       for (int i = 0; i < 8; ++i)
         if (!(mine >> (8 * (i / 4) + i % 2) & 1)) scores[4 * j + i] = -infinity();
     }
+  }
+  // The mask of 16 keys of a row comes from one of the row's four lanes.
+  __device__ __forceinline__ void hide_in_rows(Scores& scores, int tile) const {
+    constexpr int kPieces = Tile::kKeys / 16;
+    const HopperWork work = posted(slot);
+    uint32_t bits[2] = {0, 0};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = work.first_row + my_row(half), read = row < work.end_row ? row : work.end_row - 1;
+      const char* const mask = mask_element(p, work.sequence, work.head, read, 0);
+#pragma unroll
+      for (int piece = 0; piece < kPieces; piece += 4)
+        if (piece + lane() % 4 < kPieces)
+          bits[half] |= mask_bits(mask, tile * Tile::kKeys + 16 * (piece + lane() % 4), work.Tk) << 4 * piece;
+    }
+#pragma unroll
+    for (int from = 0; from < 4; ++from)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t mine = __shfl_sync(kAllLanes, bits[half], lane() / 4 * 4 + from) >> lane() % 4 * 2;
+#pragma unroll
+        for (int piece = from; piece < kPieces; piece += 4)
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            if (!(mine >> (4 * (piece - from) + 8 * (i / 2) + i % 2) & 1))
+              scores[8 * piece + 4 * (i / 2) + 2 * half + i % 2] = -infinity();
+      }
   }
   // Scores as they are before softmax; with a mask tensor, every tile is one that hides something.
   __device__ __forceinline__ void finish_scores(Scores& scores, int tile) const {

@@ -21,7 +21,7 @@ __device__ __forceinline__ void hand_out_work(const HopperForwardParams& p, uint
     }
     if (!found) work.end_tile = -1;
     mbarrier_wait(base + Tile::kWorkEmpty + 8 * slot.stage, slot.parity ^ 1);
-    if (kMasking == Masking::keys && found) {
+    if (kMasking == Masking::boolean && found && is_of_keys(p.mask)) {
       const uint32_t bits = base + Tile::kMaskAt + slot.stage * (Tile::kMaskKeys / 8);
       const int heads = p.mask.head_stride ? static_cast<int>(p.Hq) : 1;
       const int mask = work.sequence * heads + work.head % heads;
@@ -203,17 +203,21 @@ ForwardOrder order_of(const AttentionParams& p, int blocks) {
   const int64_t group = p.Hq / p.Hkv, sequences = p.first_q ? 1 : p.B, units = sequences * p.Hkv;
   const int64_t tiles = tile_count(p.B, p.Tq, p.first_q != nullptr, Tile::kRows) / (p.first_q ? 1 : p.B);
   const bool lengths_differ = p.right < p.Tk / 2 && p.left >= p.Tk / 2;
-  const int sections = forward_sections(units, group, tiles, lengths_differ, p.Tk, (p.D + p.Dv) * 2, blocks);
+  const int sections = forward_sections(units, group, tiles, lengths_differ, blocks);
   return {static_cast<int>(units), static_cast<int>(group), static_cast<int>(tiles), sections};
 }
 
-// Masking::keys has room for so many keys.
+// Masking::boolean has room for so many bits of keys; it reads rows in pieces of 16 bytes.
 template <class Tile>
 Masking masking_of(const AttentionParams& p) {
-  const bool keys = p.mask.data && p.mask.dtype == DType::boolean && p.mask.query_stride == 0;
-  if (p.softcap > 0.0f || !(p.scale > 0.0f) || (p.mask.data && !keys)) return Masking::anything;
-  if (!p.mask.data) return Masking::band;
-  return p.Tk <= Tile::kMaskKeys ? Masking::keys : Masking::anything;
+  const MaskTensor& m = p.mask;
+  if (p.softcap > 0.0f || !(p.scale > 0.0f)) return Masking::anything;
+  if (!m.data) return Masking::band;
+  if (m.dtype != DType::boolean) return Masking::anything;
+  if (is_of_keys(m)) return p.Tk <= Tile::kMaskKeys ? Masking::boolean : Masking::anything;
+  const bool aligned = reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && m.query_stride % 16 == 0 &&
+                       m.head_stride % 16 == 0 && m.sequence_stride % 16 == 0;
+  return m.key_stride == 1 && aligned ? Masking::boolean : Masking::anything;
 }
 
 // `sections` 0: as order_of() says.
