@@ -53,21 +53,29 @@ AVX512_FLAGS = [
     "-mprefer-vector-width=512",
     *GCC_BUG_105593,
 ]
-AMX_FLAGS = [*AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+AVX512BF16_FLAGS = [*AVX512_FLAGS, "-mavx512bf16"]
+AMX_FLAGS = [*AVX512BF16_FLAGS, "-mamx-tile", "-mamx-bf16"]
 EMULATED_FLAGS = [*AVX2_FLAGS, "-DLLMFAST_EMULATED", f"-I{CSRC / 'simd' / 'emulated'}"]
 
-TARGET_FLAGS = {"ref": [], "avx2": AVX2_FLAGS, "avx512": AVX512_FLAGS, "amx": AMX_FLAGS}
+TARGET_FLAGS = {
+    "ref": [],
+    "avx2": AVX2_FLAGS,
+    "avx512": AVX512_FLAGS,
+    "avx512bf16": AVX512BF16_FLAGS,
+    "amx": AMX_FLAGS,
+}
+EMULATED_TARGETS = ("avx512", "avx512bf16", "amx")
 if EMULATE:
-    TARGET_FLAGS.update(avx512=[*EMULATED_FLAGS, "-DLLMFAST_WIDTH=512"], amx=[*EMULATED_FLAGS, "-DLLMFAST_WIDTH=512"])
+    TARGET_FLAGS.update({target: [*EMULATED_FLAGS, "-DLLMFAST_WIDTH=512"] for target in EMULATED_TARGETS})
 
 SANITIZER_FLAGS = ["-fsanitize=address,undefined"] if SANITIZE else []
 # Targets that are checked: without the emulation the others rarely run, and they take most of the compile time.
-SANITIZED = ("base", "ref", "avx2", *(["avx512", "amx"] if EMULATE else []))
+SANITIZED = ("base", "ref", "avx2", *(EMULATED_TARGETS if EMULATE else []))
 
 SUFFIX_TARGETS = {
     "_vec": ["ref", "avx2", "avx512"],  # written against simd/vec.h only
-    "_mm": ["ref", "avx2", "avx512", "amx"],  # also uses the GEMM core, which has an AMX kernel
-    "_amx": ["amx"],
+    "_mm": ["ref", "avx2", "avx512", "avx512bf16", "amx"],  # also uses the GEMM core, which has kernels for bf16
+    "_bf16": ["avx512bf16", "amx"],  # multiplies blocks of bf16
 }
 
 # Of `_cuda` alone; all other .cpp files belong to `_cpu`, and both have core/check.cpp and *_checks.cpp.

@@ -1,7 +1,8 @@
 """What runs where: the native module, its dispatch tables, and a count of everything that did not run natively.
 
 Environment:
-    LLMFAST_CPU_ISA: ``ref``, ``avx2``, ``avx512`` or ``amx``: the best instruction set that may be used (a cap).
+    LLMFAST_CPU_ISA: ``ref``, ``avx2``, ``avx512``, ``avx512bf16`` or ``amx``: the best instruction set that may be
+    used (a cap).
     LLMFAST_STRICT: ``1`` makes a fallback to plain torch an error.
 """
 
@@ -23,6 +24,7 @@ __all__ = [
     "choose_device",
     "count_fallback",
     "fallbacks",
+    "fastest_dtype",
     "force",
     "implementations",
     "info",
@@ -34,7 +36,7 @@ __all__ = [
     "why_not_native",
 ]
 
-ISAS = ("ref", "avx2", "avx512", "amx")
+ISAS = ("ref", "avx2", "avx512", "avx512bf16", "amx")
 
 # Looked for once, as a file: torch.compile may ask before anything has run.
 _CUDA_WAS_BUILT = importlib.util.find_spec("llmfast._cuda") is not None
@@ -124,6 +126,13 @@ def choose_device(name: str = "auto") -> torch.device:
 def stream_of(tensor: torch.Tensor) -> int:
     """The handle of the caller's current stream on the device of `tensor`, as the native functions take it."""
     return torch._C._cuda_getCurrentRawStream(tensor.device.index) if tensor.is_cuda else 0
+
+
+def fastest_dtype(device: torch.device | None = None) -> str:
+    """The dtype in which `device` (default: the processor) multiplies matrices fastest: ``bfloat16`` on a GPU and where
+    the processor has instructions for it."""
+    on_gpu = device is not None and device.type == "cuda"
+    return "bfloat16" if on_gpu or ISAS.index(native().active_isa()) >= ISAS.index("avx512bf16") else "float32"
 
 
 def keep_freed_memory() -> bool:

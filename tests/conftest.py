@@ -1,4 +1,13 @@
-"""Shared fixtures. `isa` runs a test once for each instruction set that this machine (or the emulated build) has."""
+"""Shared fixtures. `isa` runs a test once for each instruction set that this machine (or the emulated build) has.
+
+Test files are spread over up to four processes (pytest-xdist), each with torch's usual threads: those wait without
+spinning, or processes with more threads than there are cores would keep each other from working.
+"""
+
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch loads its OpenMP runtime
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
@@ -8,6 +17,14 @@ from llmfast import backend
 
 def available_isas() -> list[str]:
     return list(backend.ISAS[: backend.ISAS.index(backend.native().active_isa()) + 1])
+
+
+def pytest_xdist_auto_num_workers(config) -> int:
+    """None for a single file, which one process runs anyway."""
+    files = {argument.split("::")[0] for argument in config.args}
+    if len(files) == 1 and files.pop().endswith(".py"):
+        return 0
+    return min(4, len(os.sched_getaffinity(0)))
 
 
 def pytest_generate_tests(metafunc):

@@ -5,6 +5,7 @@ on which a test makes its tensors: "cpu" under the emulation and, once more, "cu
 active, ops with a CUDA implementation run it.
 """
 
+import fcntl
 import functools
 import importlib.util
 import os
@@ -32,7 +33,10 @@ def emulated_module() -> ModuleType:
     build = Path(os.environ.get("LLMFAST_BUILD_DIR") or ROOT / "build").resolve() / "emulated-cuda"
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(build), "--build-temp", str(build)]
     environment = {**os.environ, "LLMFAST_EMULATE_CUDA": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    build.mkdir(parents=True, exist_ok=True)
+    with (build / "lock").open("w") as lock:  # other test processes wait
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
     path = build / "llmfast" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     spec = importlib.util.spec_from_file_location("llmfast._cuda", path)

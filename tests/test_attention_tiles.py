@@ -1,4 +1,4 @@
-"""Attention in bfloat16 at sizes that straddle what the AMX kernels are cut into: 32 lanes, blocks of 32 keys and head
+"""Attention in bfloat16 at sizes that straddle what the bf16 kernels are cut into: 32 lanes, blocks of 32 keys and head
 dims, 64-key tiles, and segments and chunks of 512. Other rows run the same cases."""
 
 import math

@@ -57,7 +57,7 @@ def test_runs_elsewhere_at_any_instruction_set(wheel, tmp_path):
 def test_unknown_instruction_set_is_named():
     result = run(sys.executable, "-c", "import llmfast; llmfast.backend.info()", LLMFAST_CPU_ISA="sse9")
     assert result.returncode != 0
-    assert "LLMFAST_CPU_ISA: got 'sse9', expected one of ref, avx2, avx512, amx" in result.stderr
+    assert "LLMFAST_CPU_ISA: got 'sse9', expected one of ref, avx2, avx512, avx512bf16, amx" in result.stderr
 
 
 def test_missing_compiler_is_said_in_one_sentence(tmp_path):

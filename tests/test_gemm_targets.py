@@ -1,6 +1,6 @@
 """The GEMM core on every instruction set: sizes around its tiles and blocks, every stride, nothing read beyond.
 
-The float32 and AVX rows run wherever the machine has them; the AMX and AVX-512 rows also in the emulated build (see
+Every row runs where the machine has its instructions; the AMX and AVX-512 rows also in the emulated build (see
 .ci/emulated). Products go through the native `linear`, with a float32 output so that only the accumulation rounds.
 """
 

@@ -17,13 +17,14 @@ import pytest
 from llmfast import backend
 
 ROOT = Path(__file__).resolve().parents[1]
-TARGETS = ("base", "ref", "avx2", "avx512", "amx")
+TARGETS = ("base", "ref", "avx2", "avx512", "avx512bf16", "amx")
 YMM, ZMM, TILE, BF16 = r"%ymm", r"%zmm|%k[0-7]\b", r"%tmm|\b(ldtilecfg|tilerelease)\b", r"\bv\w*bf16\w*\b"
 FORBIDDEN = {
     "base": [YMM, ZMM, TILE, BF16],
     "ref": [YMM, ZMM, TILE, BF16],
     "avx2": [ZMM, TILE, BF16],
     "avx512": [TILE, BF16],
+    "avx512bf16": [TILE],
     "amx": [],
 }
 
@@ -51,7 +52,7 @@ def run(*command: object) -> str:
 def test_every_target_was_built(objects):
     assert objects["base"] and objects["ref"]
     if sysconfig.get_platform() == "linux-x86_64":
-        assert objects["avx2"] and objects["avx512"] and objects["amx"]
+        assert all(objects[target] for target in TARGETS)
 
 
 @pytest.mark.parametrize("target", TARGETS[1:])
@@ -70,7 +71,7 @@ def test_weak_symbols_name_their_target(objects, target):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_instructions_belong_to_their_target(objects, target):
-    emulated = backend.native().emulated and target in ("avx512", "amx")
+    emulated = backend.native().emulated and target in ("avx512", "avx512bf16", "amx")
     forbidden = FORBIDDEN["avx2" if emulated else target]
     pattern = re.compile("|".join(forbidden) or "no instruction is forbidden")
 
@@ -83,12 +84,16 @@ def test_instructions_belong_to_their_target(objects, target):
     assert not found, "\n".join(found)
 
 
-def test_amx_objects_multiply_tiles(objects):
-    if not objects["amx"]:
+AMX_INSTRUCTIONS = ("ldtilecfg", "tileloaddt1", "tileloadd", "tdpbf16ps", "tilestored", "tilerelease")
+
+
+@pytest.mark.parametrize(("target", "instructions"), [("avx512bf16", ("vdpbf16ps",)), ("amx", AMX_INSTRUCTIONS)])
+def test_bf16_objects_multiply_bf16(objects, target, instructions):
+    if not objects[target]:
         assert sysconfig.get_platform() != "linux-x86_64"
         return
-    [gemm] = [path for path in objects["amx"] if path.name.startswith("gemm-")]
+    [gemm] = [path for path in objects[target] if path.name.startswith("gemm-")]
     listing = run("objdump", "-d", "--no-show-raw-insn", gemm)
-    for instruction in ("ldtilecfg", "tileloaddt1", "tileloadd", "tdpbf16ps", "tilestored", "tilerelease"):
+    for instruction in instructions:
         found = re.search(rf"\t{instruction}\b", listing) is not None
         assert found != backend.native().emulated, instruction

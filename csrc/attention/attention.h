@@ -78,12 +78,12 @@ void attention_backward(const AttentionArguments& arguments, const AttentionGrad
 LLMFAST_DECLARE_VEC(void attention_forward(const AttentionParams&))
 LLMFAST_DECLARE_VEC(void attention_decode(const AttentionParams&))  // Tq * Hq / Hkv <= kDecodeRows
 LLMFAST_DECLARE_VEC(void attention_backward(const AttentionBackwardParams&))
-LLMFAST_DECLARE_AMX(void attention_forward(const AttentionParams&))
-LLMFAST_DECLARE_AMX(void attention_backward(const AttentionBackwardParams&))
+LLMFAST_DECLARE_BF16(void attention_forward(const AttentionParams&))
+LLMFAST_DECLARE_BF16(void attention_backward(const AttentionBackwardParams&))
 
 namespace llmfast {
 
 constexpr int64_t kDecodeRows = 8;
-constexpr int64_t kLeastTileHeadDim = 16, kMostTileHeadDim = 256;  // D and Dv that the AMX rows take
+constexpr int64_t kLeastBlockHeadDim = 16, kMostBlockHeadDim = 256;  // D and Dv that the bf16 targets' rows take
 
 }  // namespace llmfast

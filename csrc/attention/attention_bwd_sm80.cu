@@ -293,9 +293,10 @@ void backward(const AttentionBackwardParams& p, const Stream& stream) {
 }  // namespace
 
 int64_t attention_backward_workspace(int64_t B, int64_t Hq, int64_t Tq, bool packed) {
-  constexpr int kSlotRows = 128;  // Hopper's kernels want whole tiles of rows
+  constexpr int kSlotRows = 128, kCounters = 4;  // Hopper's kernels want whole tiles of rows, and counters of work
   return Hq * tile_count(B, Tq, packed, kSlotRows) * kSlotRows *
-         static_cast<int64_t>(sizeof(RowStatistics) / sizeof(float));
+             static_cast<int64_t>(sizeof(RowStatistics) / sizeof(float)) +
+         kCounters;
 }
 
 void attention_backward_sm80(const AttentionBackwardParams& p, const Stream& stream) {

@@ -6,6 +6,11 @@
 // to one warpgroup and runs in the order of the tiles: no atomics, bitwise deterministic, at the price of seven
 // products instead of five. cuda/hopper_backward_joint.h has those five in one kernel, whose sums' order varies; the
 // benchmark program runs it, nothing else does.
+//
+// Registers (nvcc 13.0.88; the highest in the SASS, of 232 that consumers have) and bytes spilled for kD 64 and 128:
+// keys 226, 48 and 229, 84; queries 215, 0 and 229, 8. 48 of the keys' are the producer's, once a block of keys; kD 128
+// reloads 12 bytes of descriptors a step. With softcap: keys 244 and 104 bytes, queries 0 and 44. No product is
+// serialised.
 #include "attention/attention_cuda.h"
 #include "attention/cuda/hopper_backward_joint.h"
 #include "attention/cuda/hopper_backward_keys.h"
@@ -14,7 +19,7 @@
 namespace llmfast::cuda {
 namespace {
 
-constexpr int64_t kMostGridRows = 65536;
+constexpr int64_t kMostBlocks = int64_t{1} << 30, kBlocksOfSection = 264;
 
 struct Maps {
   TensorMap k, v, q, grad_out;
@@ -32,26 +37,38 @@ inline Grid grid_of(const AttentionBackwardParams& p, int64_t tokens, int64_t he
   return {static_cast<unsigned>(tiles), static_cast<unsigned>(heads), static_cast<unsigned>(mapped_sequences(p))};
 }
 
-template <class T, class Layout, bool kCapped>
-void launch_keys(const AttentionBackwardParams& p, const Stream& stream) {
-  const Maps maps(p, kOwnRows, Layout::kQueries);
-  launch(stream, grid_of(p, p.Tk, p.Hkv), kHopperThreads, size_t{Layout::kBytes},
-         attention_grad_kv_kernel<T, Layout, kCapped>, p, maps.k, maps.v, maps.q, maps.grad_out);
+// A block on each multiprocessor that takes one tile after another, so that the next tile's first copies and the last
+// one's stores overlap products; or a block a tile. The statistics' kernel before it resets the counters.
+template <bool kCounted, class Kernel>
+void launch_tiles(const AttentionBackwardParams& p, const Stream& stream, Grid tiles, size_t bytes, Kernel kernel,
+                  const Maps& maps) {
+  const int64_t all = int64_t{tiles.x} * tiles.y * tiles.z, places = device_info(stream.device).multiprocessors;
+  launch(stream, {static_cast<unsigned>(kCounted && places < all ? places : all)}, kHopperThreads, bytes, kernel, p,
+         maps.k, maps.v, maps.q, maps.grad_out, static_cast<int>(tiles.x), kCounted);
 }
 
-template <class T, class Layout, bool kCapped>
+template <class T, class Layout, bool kCapped, bool kCounted = true>
+void launch_keys(const AttentionBackwardParams& p, const Stream& stream) {
+  launch_tiles<kCounted>(p, stream, grid_of(p, p.Tk, p.Hkv), Layout::kBytes,
+                         attention_grad_kv_kernel<T, Layout, kCapped>, Maps(p, kOwnRows, Layout::kQueries));
+}
+
+template <class T, class Layout, bool kCapped, bool kCounted = true>
 void launch_queries(const AttentionBackwardParams& p, const Stream& stream) {
-  const Maps maps(p, Layout::kKeys, kOwnRows);
-  launch(stream, grid_of(p, p.Tq, p.Hq), kHopperThreads, size_t{Layout::kBytes},
-         attention_grad_q_kernel<T, Layout, kCapped>, p, maps.k, maps.v, maps.q, maps.grad_out);
+  launch_tiles<kCounted>(p, stream, grid_of(p, p.Tq, p.Hq), Layout::kBytes,
+                         attention_grad_q_kernel<T, Layout, kCapped>, Maps(p, Layout::kKeys, kOwnRows));
 }
 
 // The statistics' kernel before it zeroes the sums.
 template <class T, class Layout, bool kCapped>
 void launch_jointly(const AttentionBackwardParams& p, const Stream& stream) {
   const Maps maps(p, kOwnRows, Layout::kQueries);
-  launch(stream, grid_of(p, p.Tk, p.Hkv), kHopperThreads, size_t{Layout::kBytes},
-         attention_grad_joint_kernel<T, Layout, kCapped>, p, maps.k, maps.v, maps.q, maps.grad_out);
+  const Grid grid = grid_of(p, p.Tk, p.Hkv);
+  const int64_t heads = int64_t{grid.y} * grid.z, wanted = Layout::kOrdered ? kBlocksOfSection / grid.x : 1;
+  const int section = static_cast<int>(wanted < 1 ? 1 : wanted < heads ? wanted : heads);
+  launch(stream, {static_cast<unsigned>(grid.x * heads)}, kHopperThreads, size_t{Layout::kBytes},
+         attention_grad_joint_kernel<T, Layout, kCapped>, p, maps.k, maps.v, maps.q, maps.grad_out,
+         static_cast<int>(grid.x), section);
 }
 template <class T, int kD>
 void launch_rounding(const AttentionBackwardParams& p, const Stream& stream) {
@@ -64,7 +81,7 @@ template <class T, int kD, bool kCapped>
 void launch_kernels(const AttentionBackwardParams& p, const Stream& stream) {
   launch_query_statistics<T, kD / 8>(p, stream);
   launch_keys<T, KeysLayout<kD, kD == 64 ? 128 : 64, 2>, kCapped>(p, stream);
-  launch_queries<T, QueriesLayout<kD, 128, 2>, kCapped>(p, stream);
+  launch_queries<T, QueriesLayout<kD, 128, kD == 64 ? 3 : 2, kD != 64>, kCapped>(p, stream);
 }
 
 template <class T, int kD>
@@ -83,7 +100,8 @@ void backward(const AttentionBackwardParams& p, const Stream& stream) {
 
 bool supports_attention_backward_sm90a(const AttentionBackwardParams& p) {
   if (p.mask.data || p.D > 128 || p.Dv > 128 || p.D % kChunk != 0 || p.Dv % kChunk != 0) return false;
-  if (p.Tq == 0 || p.Tk == 0 || p.B >= kMostGridRows || p.Hq >= kMostGridRows) return false;
+  if (p.Tq == 0 || p.Tk == 0) return false;
+  if (p.B * p.Hq * ((p.Tq > p.Tk ? p.Tq : p.Tk) / kOwnRows + 1) > kMostBlocks) return false;
   const int64_t sequences = mapped_sequences(p);
   const auto maps = [&](const HeadTensor& t, int64_t heads, int64_t tokens, int64_t D) {
     return can_map(mapped(t, sequences, heads, tokens, D, 64));

@@ -8,26 +8,18 @@
 namespace llmfast {
 namespace {
 
-#ifdef LLMFAST_X86
-// Narrower heads would be mostly padding, and vectors do them as well: nearly all their work is the softmax.
+// Narrower heads would be mostly padding, and float32 does them as well: nearly all their work is the softmax.
 template <class Params>
-bool fits_tiles(const Params& p) {
-  const auto fits = [](int64_t dim) { return dim >= kLeastTileHeadDim && dim <= kMostTileHeadDim; };
+[[maybe_unused]] bool fits_blocks(const Params& p) {
+  const auto fits = [](int64_t dim) { return dim >= kLeastBlockHeadDim && dim <= kMostBlockHeadDim; };
   return fits(p.D) && fits(p.Dv);
 }
-#endif
 
 const DispatchTable<AttentionParams> kForward("attention", {
-#ifdef LLMFAST_X86
-    {Isa::amx, kBF16, fits_tiles, amx::attention_forward},
-#endif
-    LLMFAST_VEC_ROWS(attention_forward, kAllFloat)});
+    LLMFAST_BF16_AND_VEC_ROWS(attention_forward, fits_blocks)});
 const DispatchTable<AttentionParams> kDecode("attention_decode", {LLMFAST_VEC_ROWS(attention_decode, kAllFloat)});
 const DispatchTable<AttentionBackwardParams> kBackward("attention_backward", {
-#ifdef LLMFAST_X86
-    {Isa::amx, kBF16, fits_tiles, amx::attention_backward},
-#endif
-    LLMFAST_VEC_ROWS(attention_backward, kAllFloat)});
+    LLMFAST_BF16_AND_VEC_ROWS(attention_backward, fits_blocks)});
 
 // Token offsets of packed sequences as int64, which the params point to.
 struct Offsets {

@@ -9,27 +9,34 @@
 #include "core/isa.h"
 #include "core/types.h"
 
-// Declares a function in every namespace it is compiled for; `_vec.cpp` and `_mm.cpp` files define them.
+// Declares a function in every namespace it is compiled for: VEC in those of `_vec.cpp` files, BF16 in those of `_bf16.cpp`
+// files, MM in both, as `_mm.cpp` files need it.
 #ifdef LLMFAST_X86
 #define LLMFAST_DECLARE_VEC(declaration)      \
   namespace llmfast::ref { declaration; }     \
   namespace llmfast::avx2 { declaration; }    \
   namespace llmfast::avx512 { declaration; }
-#define LLMFAST_DECLARE_AMX(declaration) \
+#define LLMFAST_DECLARE_BF16(declaration)         \
+  namespace llmfast::avx512bf16 { declaration; } \
   namespace llmfast::amx { declaration; }
 // Rows for a function that exists in every vector target.
 #define LLMFAST_VEC_ROWS(function, dtypes) \
   {Isa::avx512, dtypes, nullptr, avx512::function}, {Isa::avx2, dtypes, nullptr, avx2::function}, \
   {Isa::ref, dtypes, nullptr, ref::function}
+// The same with the bf16 targets' rows before them, for parameters that supports() holds for.
+#define LLMFAST_BF16_AND_VEC_ROWS(function, supports)                                                             \
+  {Isa::amx, kBF16, supports, amx::function}, {Isa::avx512bf16, kBF16, supports, avx512bf16::function}, \
+  LLMFAST_VEC_ROWS(function, kAllFloat)
 #else
 #define LLMFAST_DECLARE_VEC(declaration) \
   namespace llmfast::ref { declaration; }
-#define LLMFAST_DECLARE_AMX(declaration)
+#define LLMFAST_DECLARE_BF16(declaration)
 #define LLMFAST_VEC_ROWS(function, dtypes) {Isa::ref, dtypes, nullptr, ref::function}
+#define LLMFAST_BF16_AND_VEC_ROWS(function, supports) LLMFAST_VEC_ROWS(function, kAllFloat)
 #endif
 #define LLMFAST_DECLARE_MM(declaration) \
   LLMFAST_DECLARE_VEC(declaration)      \
-  LLMFAST_DECLARE_AMX(declaration)
+  LLMFAST_DECLARE_BF16(declaration)
 
 namespace llmfast {
 

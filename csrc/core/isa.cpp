@@ -85,12 +85,20 @@ bool has_avx512() {
 #endif
 }
 
+bool has_avx512bf16() {
+#ifdef LLMFAST_EMULATED
+  return has_avx2();
+#else
+  return has_avx512() && features().avx512bf16;
+#endif
+}
+
 bool has_amx() {
 #ifdef LLMFAST_EMULATED
   return has_avx2();
 #else
   const Features& f = features();
-  return has_avx512() && f.avx512bf16 && f.amx_tile && f.amx_bf16 && f.os_permits_amx;
+  return has_avx512bf16() && f.amx_tile && f.amx_bf16 && f.os_permits_amx;
 #endif
 }
 
@@ -112,13 +120,14 @@ const char* name_of(Isa isa) {
     case Isa::ref: return "ref";
     case Isa::avx2: return "avx2";
     case Isa::avx512: return "avx512";
+    case Isa::avx512bf16: return "avx512bf16";
     case Isa::amx: return "amx";
   }
   return "?";
 }
 
 bool parse_isa(const std::string& name, Isa* isa) {
-  for (Isa candidate : {Isa::ref, Isa::avx2, Isa::avx512, Isa::amx})
+  for (Isa candidate : {Isa::ref, Isa::avx2, Isa::avx512, Isa::avx512bf16, Isa::amx})
     if (name == name_of(candidate)) {
       *isa = candidate;
       return true;
@@ -127,7 +136,11 @@ bool parse_isa(const std::string& name, Isa* isa) {
 }
 
 Isa detected_isa() {
-  static const Isa best = has_amx() ? Isa::amx : has_avx512() ? Isa::avx512 : has_avx2() ? Isa::avx2 : Isa::ref;
+  static const Isa best = has_amx()          ? Isa::amx
+                          : has_avx512bf16() ? Isa::avx512bf16
+                          : has_avx512()     ? Isa::avx512
+                          : has_avx2()       ? Isa::avx2
+                                             : Isa::ref;
   return best;
 }
 

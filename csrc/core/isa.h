@@ -6,7 +6,7 @@
 
 namespace llmfast {
 
-enum class Isa : int { ref = 0, avx2 = 1, avx512 = 2, amx = 3 };
+enum class Isa : int { ref = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3, amx = 4 };
 
 const char* name_of(Isa isa);
 bool parse_isa(const std::string& name, Isa* isa);

@@ -3,17 +3,9 @@
 namespace llmfast {
 namespace {
 
-const DispatchTable<FfnParams> kForward("ffn", {
-#ifdef LLMFAST_X86
-    {Isa::amx, kBF16, nullptr, amx::ffn_forward},
-#endif
-    LLMFAST_VEC_ROWS(ffn_forward, kAllFloat)});
+const DispatchTable<FfnParams> kForward("ffn", {LLMFAST_BF16_AND_VEC_ROWS(ffn_forward, nullptr)});
 
-const DispatchTable<FfnBackwardParams> kBackward("ffn_backward", {
-#ifdef LLMFAST_X86
-    {Isa::amx, kBF16, nullptr, amx::ffn_backward},
-#endif
-    LLMFAST_VEC_ROWS(ffn_backward, kAllFloat)});
+const DispatchTable<FfnBackwardParams> kBackward("ffn_backward", {LLMFAST_BF16_AND_VEC_ROWS(ffn_backward, nullptr)});
 
 }  // namespace
 

@@ -2,7 +2,8 @@
 // are): no packing, no transpose. Each thread owns a stretch of columns whose sums stay in its L1 and adds up eight rows
 // of B at a time. Memory-bound: B is read once.
 #pragma once
-#include "gemm/few_rows.h"
+#include "core/parallel.h"
+#include "gemm/gather.h"
 
 namespace llmfast::LLMFAST_TARGET {
 

@@ -56,13 +56,16 @@ struct Blocking {
   int64_t sub_depth;   // kc
 };
 
+constexpr int64_t kBlockElementsOfA = Kernel::kBlockBytes / static_cast<int64_t>(sizeof(Kernel::Packed));
+
+inline int64_t even_split(int64_t total, int64_t most, int64_t multiple) {
+  const int64_t parts = (total + most - 1) / most;
+  return round_up((total + parts - 1) / parts, multiple);
+}
+
 inline Blocking choose_blocking(int64_t M, int64_t K) {
   constexpr int64_t kMinRows = 8 * Kernel::kRows;
-  constexpr int64_t kElements = Kernel::kBlockBytes / static_cast<int64_t>(sizeof(Kernel::Packed));
-  const auto even_split = [](int64_t total, int64_t most, int64_t multiple) {
-    const int64_t parts = (total + most - 1) / most;
-    return round_up((total + parts - 1) / parts, multiple);
-  };
+  constexpr int64_t kElements = kBlockElementsOfA;
   Blocking blocking;
   blocking.depth = even_split(padded_depth(K), round_up(kElements / kMinRows, Kernel::kDepth), Kernel::kDepth);
   blocking.sub_depth = even_split(blocking.depth, Kernel::kDepthInL1, Kernel::kDepth);
@@ -71,14 +74,30 @@ inline Blocking choose_blocking(int64_t M, int64_t K) {
   return blocking;
 }
 
-}  // namespace
+// All of A in one block, so that each panel of B is used once. Worth it while A is in L2 or not far beyond it.
+inline Blocking one_block(int64_t M, int64_t K) {
+  return {round_up(M, Kernel::kRows), padded_depth(K), even_split(padded_depth(K), Kernel::kDepthInL1, Kernel::kDepth)};
+}
+inline bool fits_one_block(int64_t M, int64_t K) {
+  return round_up(M, Kernel::kRows) * padded_depth(K) <= 2 * kBlockElementsOfA;
+}
 
-void gemm_rectangle(MatrixRef a, const Kernel::Packed* packed_b, int64_t K, Range rows, Range cols,
-                    EpilogueRef epilogue) {
+// Panels of B: packed already, or packed into a buffer of one panel when they are asked for.
+struct RightPanels {
+  const Kernel::Packed* packed;
+  MatrixRef b;  // if `buffer`
+  Kernel::Packed* buffer;
+
+  const Kernel::Packed* at(int64_t n, int64_t cols, int64_t K) const {
+    if (!buffer) return packed + n * padded_depth(K);
+    Kernel::pack_b(buffer, b.offset(0, n), cols, K);
+    return buffer;
+  }
+};
+
+void multiply_rectangle(MatrixRef a, const RightPanels& right, int64_t K, Range rows, Range cols,
+                        const Blocking& blocking, EpilogueRef epilogue) {
   constexpr int64_t R = Kernel::kRows, N = Kernel::kCols, kTile = R * N;
-  if (rows.begin >= rows.end || cols.begin >= cols.end) return;
-  const Blocking blocking = choose_blocking(rows.end - rows.begin, K);
-  const int64_t depth_stride_b = padded_depth(K);
   const bool whole_depth = blocking.depth >= K;
   const int64_t panels = blocking.rows / R;  // row panels per block
   const int64_t waiting = whole_depth ? 1 : (cols.end - cols.begin + N - 1) / N;  // column panels that wait for more depth
@@ -107,14 +126,15 @@ void gemm_rectangle(MatrixRef a, const Kernel::Packed* packed_b, int64_t K, Rang
       }
       for (int64_t n = cols.begin; n < cols.end; n += N) {
         const int64_t n_count = cols.end - n < N ? cols.end - n : N;
+        const Kernel::Packed* const panel = right.at(n, n_count, K);
         float* column_tiles = tiles + (whole_depth ? 0 : (n - cols.begin) / N * panels * kTile);
         for (int64_t p = 0; p < depth; p += blocking.sub_depth) {
           const int64_t sub = depth - p < blocking.sub_depth ? depth - p : blocking.sub_depth;
           const bool first = k0 + p == 0, last = k0 + p + sub >= K;
-          const Kernel::Packed* b = packed_b + n * depth_stride_b + (k0 + p) * N;
-          const Kernel::Packed* next_b = p + sub < depth     ? b + sub * N
-                                         : n + N < cols.end ? packed_b + (n + N) * depth_stride_b + k0 * N
-                                                            : b;
+          const Kernel::Packed* b = panel + (k0 + p) * N;
+          const Kernel::Packed* next_b = p + sub < depth                     ? b + sub * N
+                                         : n + N < cols.end && right.packed ? panel + padded_depth(K) * N + k0 * N
+                                                                            : b;
           const int64_t next_share = (sub * N + m_panels - 1) / m_panels;
           for (int64_t i = 0; i < m_panels; ++i) {
             float* tile = column_tiles + i * kTile;
@@ -124,7 +144,7 @@ void gemm_rectangle(MatrixRef a, const Kernel::Packed* packed_b, int64_t K, Rang
             float* out = into_c ? plain.c + (m0 + i * R) * plain.ldc + n : last ? scratch[flip] : tile;
             Kernel::LeftPanel left = {packed_a + p * m_panels * R + i * R * sub, nullptr, 0};
             if (unpacked && valid_rows == R) left = {nullptr, unpacked + (m0 + i * R) * a.row_stride + k0 + p, a.row_stride};
-            Kernel::multiply(left, b, sub, first ? nullptr : tile, out, into_c ? plain.ldc : N, next_b + i * next_share,
+            Kernel::multiply(left, valid_rows, b, sub, first ? nullptr : tile, out, into_c ? plain.ldc : N, next_b + i * next_share,
                              next_share, pending);
             if (last && !into_c) {
               pending = {&epilogue, out, m0 + i * R, n, n_count, 0, static_cast<int>(valid_rows)};
@@ -138,11 +158,18 @@ void gemm_rectangle(MatrixRef a, const Kernel::Packed* packed_b, int64_t K, Rang
   pending.finish();
 }
 
+}  // namespace
+
+void gemm_rectangle(MatrixRef a, const Kernel::Packed* packed_b, int64_t K, Range rows, Range cols,
+                    EpilogueRef epilogue) {
+  if (rows.begin >= rows.end || cols.begin >= cols.end) return;
+  multiply_rectangle(a, {packed_b, {}, nullptr}, K, rows, cols, choose_blocking(rows.end - rows.begin, K), epilogue);
+}
+
 // How many threads share the rows; the rest of the factor shares the columns.
 static int row_parts(GemmSize size, int threads) {
-  constexpr int64_t kRowsWorthAPart = 16 * Kernel::kRows;
   for (int parts = threads; parts > 1; --parts)
-    if (threads % parts == 0 && size.M >= parts * kRowsWorthAPart) return parts;
+    if (threads % parts == 0 && size.M >= parts * kRowsWorthAThread) return parts;
   return 1;
 }
 
@@ -156,6 +183,21 @@ void gemm_packed(MatrixRef a, const Kernel::Packed* packed_b, GemmSize size, Epi
     const int thread = omp_get_thread_num();
     gemm_rectangle(a, packed_b, size.K, slice(size.M, thread / n_parts, m_parts, Kernel::kRows),
                    slice(size.N, thread % n_parts, n_parts, Kernel::kCols), epilogue);
+  }
+}
+
+// The same for few enough rows that no panel of B is used twice: each thread packs its own, one at a time, and what it
+// packed never leaves its L2.
+static void gemm_unpacked(MatrixRef a, MatrixRef b, GemmSize size, EpilogueRef epilogue) {
+  const int threads = threads_for(size.M * size.N * size.K, 1 << 17);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    Kernel::ThreadState state;
+    (void)state;
+    const Range cols = slice(size.N, omp_get_thread_num(), threads, Kernel::kCols);
+    auto* panel = workspace<Kernel::Packed>(Slot::packed_b, padded_depth(size.K) * Kernel::kCols + 64);
+    if (cols.begin < cols.end)
+      multiply_rectangle(a, {nullptr, b, panel}, size.K, {0, size.M}, cols, one_block(size.M, size.K), epilogue);
   }
 }
 
@@ -174,8 +216,11 @@ void gemm(MatrixRef a, MatrixRef b, GemmSize size, EpilogueRef epilogue) {
         epilogue(zeros, m, n, 1, size.N - n < Kernel::kCols ? size.N - n : Kernel::kCols);
     return;
   }
-  if (size.M <= kFewRows && b.row_stride == 1) return gemm_few_rows(a, b, size, epilogue);
+  if (size.M <= Kernel::kFewRows && b.row_stride == 1) return gemm_few_rows(a, b, size, epilogue);
   if (size.M <= kAcrossRows && b.col_stride == 1) return gemm_few_rows_across(a, b, size, epilogue);
+  const int threads = threads_for(size.M * size.N * size.K, 1 << 17);
+  if (b.row_stride == 1 && row_parts(size, threads) == 1 && fits_one_block(size.M, size.K))
+    return gemm_unpacked(a, b, size, epilogue);
   auto* packed = workspace<Kernel::Packed>(Slot::packed_b, packed_b_elements(size.N, size.K) + 64);
   pack_b(packed, b, size.N, size.K);
   gemm_packed(a, packed, size, epilogue);

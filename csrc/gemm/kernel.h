@@ -6,20 +6,23 @@
 //   kStoresRows                  whether multiply's output may be rows of C itself
 //   kDepthInL1                   kc: depth of a B sub-panel that stays in L1
 //   kBlockBytes                  how much packed A may occupy in L2
+//   kFewRows                     most rows of A for which few_rows.h is faster than packing
 //   supports(dtype)              operand dtypes it multiplies
 //   ThreadState                  RAII, one per thread and parallel region (AMX: tile configuration)
 //   pack_a(dst, a, rows, depth)  one row panel: `rows` <= kRows of A, zero-padded to kRows x padded depth
 //   pack_b(dst, b, cols, depth)  one column panel, likewise; both are kRows (kCols) * padded depth elements, depth-major
 //                                in steps of kDepth, so a sub-panel starts at depth * kCols
-//   multiply(left, b, depth, c_in, c_out, ldc, next_b, next_count, pending)
+//   multiply(left, rows, b, depth, c_in, c_out, ldc, next_b, next_count, pending)
 //                                c_out = (c_in or 0) + left * b; c_in is a row-major tile kRows x kCols, c_out one with rows
-//                                ldc apart. May finish `pending`, the previous tile's epilogue, between its own steps; must
+//                                ldc apart. Only the first `rows` rows matter. May finish `pending`, the previous tile's epilogue, between its own steps; must
 //                                before returning. next_b, next_count: this call's share of the B sub-panel that comes
 //                                next, to prefetch.
 #pragma once
 
 #if defined(LLMFAST_TARGET_AMX)
 #include "gemm/kernel_amx.h"
+#elif defined(LLMFAST_TARGET_AVX512BF16)
+#include "gemm/kernel_bf16.h"
 #else
 #include "gemm/kernel_vec.h"
 #endif

@@ -6,7 +6,7 @@
 // of the next B sub-panel into L2 +5 to 25%, into L1 before the tile loads -5 to -45%. The four products take 64
 // cycles, in which the vector units run the previous tile's epilogue.
 #pragma once
-#include "gemm/gemm.h"
+#include "gemm/pack_bf16.h"
 #include "simd/tile_amx.h"
 #include "simd/vec.h"
 
@@ -18,6 +18,7 @@ struct Kernel {
   static constexpr int kCols = 2 * kTileRows;
   static constexpr int kDepth = 32;
   static constexpr bool kTakesRows = false, kStoresRows = true;
+  static constexpr int64_t kFewRows = 16;
   static constexpr int64_t kDepthInL1 = 512;
   static constexpr int64_t kBlockBytes = 1100 << 10;
   static_assert(kRows == kBlock && kCols == kBlock && kDepth == kBlock);
@@ -46,23 +47,11 @@ struct Kernel {
     }
   }
 
-  static void pack_b(bf16* dst, MatrixRef b, int64_t cols, int64_t depth) {
-    for (int64_t k = 0; k < depth; k += kDepth, dst += kBlockElements) {
-      const bf16* src = static_cast<const bf16*>(b.data) + k * b.row_stride;
-      const int64_t count = depth - k < kDepth ? depth - k : kDepth;
-      if (b.row_stride == 1) b_block_from_columns(dst, src, b.col_stride, count, cols);
-      else if (b.col_stride == 1) b_block_from_rows(dst, src, b.row_stride, count, cols);
-      else {
-        alignas(64) bf16 block[kBlockElements];
-        copy_block(block, src, b.col_stride, b.row_stride, cols, count);
-        b_block_from_columns(dst, block, kBlock, kDepth, kCols);
-      }
-    }
-  }
+  static void pack_b(bf16* dst, MatrixRef b, int64_t cols, int64_t depth) { pack_vnni_panel(dst, b, cols, depth); }
 
   template <class Pending>
-  static void multiply(LeftPanel left, const bf16* b, int64_t depth, const float* c_in, float* c_out, int64_t ldc,
-                       const bf16* next_b, int64_t next_count, Pending& pending) {
+  static void multiply(LeftPanel left, int64_t, const bf16* b, int64_t depth, const float* c_in, float* c_out,
+                       int64_t ldc, const bf16* next_b, int64_t next_count, Pending& pending) {
     const bf16* a = left.packed;
     const int64_t steps = depth / kDepth;
     const int epilogue_rows = static_cast<int>((pending.left() + steps - 1) / steps);
@@ -116,14 +105,6 @@ struct Kernel {
     tile_store<kSum + 1>(c + kTileRows, stride);
     tile_store<kSum + 2>(lower, stride);
     tile_store<kSum + 3>(lower + kTileRows, stride);
-  }
-
-  // For matrices with no unit stride: block[lane][k] of `lanes` x `depth` values, zero beyond.
-  static void copy_block(bf16* block, const bf16* src, int64_t lane_stride, int64_t depth_stride, int64_t lanes,
-                         int64_t depth) {
-    for (int64_t i = 0; i < kBlock; ++i)
-      for (int64_t k = 0; k < kBlock; ++k)
-        block[i * kBlock + k] = i < lanes && k < depth ? src[i * lane_stride + k * depth_stride] : bf16{0};
   }
 };
 

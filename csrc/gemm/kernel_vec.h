@@ -65,6 +65,7 @@ struct Kernel {
   static constexpr int kCols = kVecs * Vec::kLanes;
   static constexpr int kDepth = 1;
   static constexpr bool kTakesRows = true, kStoresRows = true;
+  static constexpr int64_t kFewRows = 16;
   static constexpr int64_t kDepthInL1 = 256;
   static constexpr int64_t kBlockBytes = Vec::kRegisters == 32 ? 640 << 10 : 256 << 10;
   static_assert(kRows * kVecs + kVecs + 1 <= Vec::kRegisters);
@@ -87,7 +88,7 @@ struct Kernel {
   }
 
   template <class Pending>
-  static void multiply(LeftPanel a, const float* b, int64_t depth, const float* c_in, float* c_out, int64_t ldc,
+  static void multiply(LeftPanel a, int64_t, const float* b, int64_t depth, const float* c_in, float* c_out, int64_t ldc,
                        const float*, int64_t, Pending& pending) {
     pending.finish();
     if (a.rows) {

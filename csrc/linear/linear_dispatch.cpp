@@ -3,17 +3,10 @@
 namespace llmfast {
 namespace {
 
-const DispatchTable<LinearParams> kForward("linear", {
-#ifdef LLMFAST_X86
-    {Isa::amx, kBF16, nullptr, amx::linear_forward},
-#endif
-    LLMFAST_VEC_ROWS(linear_forward, kAllFloat)});
+const DispatchTable<LinearParams> kForward("linear", {LLMFAST_BF16_AND_VEC_ROWS(linear_forward, nullptr)});
 
-const DispatchTable<LinearBackwardParams> kBackward("linear_backward", {
-#ifdef LLMFAST_X86
-    {Isa::amx, kBF16, nullptr, amx::linear_backward},
-#endif
-    LLMFAST_VEC_ROWS(linear_backward, kAllFloat)});
+const DispatchTable<LinearBackwardParams> kBackward("linear_backward",{
+    LLMFAST_BF16_AND_VEC_ROWS(linear_backward, nullptr)});
 
 }  // namespace
 

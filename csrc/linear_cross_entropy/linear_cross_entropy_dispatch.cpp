@@ -6,17 +6,11 @@
 namespace llmfast {
 namespace {
 
-const DispatchTable<LinearCrossEntropyParams> kForward("linear_cross_entropy", {
-#ifdef LLMFAST_X86
-    {Isa::amx, kBF16, nullptr, amx::linear_cross_entropy_forward},
-#endif
-    LLMFAST_VEC_ROWS(linear_cross_entropy_forward, kAllFloat)});
+const DispatchTable<LinearCrossEntropyParams> kForward("linear_cross_entropy",{
+    LLMFAST_BF16_AND_VEC_ROWS(linear_cross_entropy_forward, nullptr)});
 
-const DispatchTable<LinearCrossEntropyBackwardParams> kBackward("linear_cross_entropy_backward", {
-#ifdef LLMFAST_X86
-    {Isa::amx, kBF16, nullptr, amx::linear_cross_entropy_backward},
-#endif
-    LLMFAST_VEC_ROWS(linear_cross_entropy_backward, kAllFloat)});
+const DispatchTable<LinearCrossEntropyBackwardParams> kBackward("linear_cross_entropy_backward",{
+    LLMFAST_BF16_AND_VEC_ROWS(linear_cross_entropy_backward, nullptr)});
 
 void check_targets(const TensorView& target, int64_t V, int64_t ignore_index) {
   const auto* values = target.as<const int64_t>();

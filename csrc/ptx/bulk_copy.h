@@ -77,6 +77,8 @@ __device__ __forceinline__ void bulk_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kYoungest) : "memory");
 }
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// The same for global memory, between the engine's writes and those of threads.
+__device__ __forceinline__ void fence_async_proxy_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 #else
 
@@ -111,6 +113,7 @@ void bulk_wait() {
   emulated::bulk_wait(kYoungest);
 }
 inline void fence_async_proxy() {}
+inline void fence_async_proxy_global() {}
 
 #endif
 

@@ -90,6 +90,18 @@ __device__ __forceinline__ void store_shared(uint32_t to, uint32_t v) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(v) : "memory");
 }
 
+// A number in global memory by which blocks take turns: waits until it is `value`, and sees what was written before the
+// add_release() that made it so.
+__device__ __forceinline__ void wait_for_turn(const int* turn, int value) {
+  int now;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(__cvta_generic_to_global(turn)) : "memory");
+  } while (now != value);
+}
+__device__ __forceinline__ void add_release(int* turn, int more) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(__cvta_generic_to_global(turn)), "r"(more) : "memory");
+}
+
 #else
 
 template <class T>
@@ -117,6 +129,10 @@ template <class T>
 inline void store_shared(uint32_t to, T value) {
   emulated::store(emulated::shared_pointer(to, sizeof(T), "st.shared"), value);
 }
+inline void wait_for_turn(const int* turn, int value) {
+  if (*turn != value) emulated::fail("wait_for_turn: of an earlier block, and blocks run one after another");
+}
+inline void add_release(int* turn, int more) { *turn += more; }
 
 #endif
 

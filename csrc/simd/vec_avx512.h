@@ -1,4 +1,4 @@
-// Vec for AVX-512 (F, BW, VL, DQ): sixteen lanes, thirty-two registers. With AVX512_BF16 (the amx target) narrowing to
+// Vec for AVX-512 (F, BW, VL, DQ): sixteen lanes, thirty-two registers. With AVX512_BF16 (the bf16 targets) narrowing to
 // bf16 is one instruction. Vocabulary: see vec.h.
 #pragma once
 #include <immintrin.h>
@@ -42,7 +42,7 @@ struct Vec {
   void stream(fp16* p) const { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_fp16(v)); }
 
   static __m512 widen_bf16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
-#if defined(LLMFAST_TARGET_AMX)
+#if defined(LLMFAST_TARGET_AVX512BF16) || defined(LLMFAST_TARGET_AMX)
   static __m256i narrow_bf16(__m512 x) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)); }
 #else
   // Round to nearest even by adding 0x7fff plus the lowest kept bit; a NaN is made quiet instead.

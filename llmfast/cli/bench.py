@@ -45,7 +45,7 @@ class BenchConfig:
     """Only these ops, separated by commas: linear, ffn, attention, varlen_attention, add_layer_norm, add_rms_norm,
     linear_cross_entropy, AdamW. For scale, these sweeps: parameters, T (sequence length), B (batch), threads."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Only this dtype; default: float32 and bfloat16; for scale bfloat16 where AMX has it, else float32."""
+    """Only this dtype; default: float32 and bfloat16; for scale the one that multiplies fastest."""
     threads: int | None = None
     """Threads of llmfast and of its peers; default: torch's."""
     compile: bool = False
@@ -184,7 +184,7 @@ def _jobs(config: BenchConfig, size: str, threads: int) -> Iterable[tuple[str, J
 
             yield case.label, measure_model
     if config.what == "scale":
-        dtype = config.dtype or ("bfloat16" if backend.native().active_isa() == "amx" else "float32")
+        dtype = config.dtype or backend.fastest_dtype()
         for point in scale.points(size, dtype, threads, config.compile, _names(config.only)):
 
             def measure_scale(limits, progress, point=point):

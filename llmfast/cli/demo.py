@@ -89,8 +89,7 @@ def main(config: DemoConfig) -> int:
     console = Console(highlight=False, soft_wrap=True)
     out = _free_folder(config.out)
     device = backend.choose_device(config.device)
-    fast = device.type == "cuda" or backend.native().active_isa() == "amx"
-    dtype = torch.bfloat16 if fast else torch.float32
+    dtype = getattr(torch, backend.fastest_dtype(device))
 
     _headline(console, 1, "this machine")
     machine = _machine(device)

@@ -97,7 +97,7 @@ class PretrainConfig:
     """cpu, cuda or cuda:N. auto: a GPU, where there is one and llmfast was built with kernels for it."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of weights and activations (the optimiser and the residual stream are float32 always). auto: bfloat16 on a GPU and
-    where the processor has matrix units for it (AMX), else float32, which is faster there."""
+    where the processor multiplies it (AMX, AVX512-BF16), else float32, which is faster there."""
     threads: int | None = None
     """Threads; default: torch's."""
     torch_compile: bool = False

@@ -112,8 +112,7 @@ def open_run(
     """Hold the folder that `config` names and yield the run in it, new or as its checkpoint left it."""
     device = backend.choose_device(config.device)
     if config.dtype == "auto":
-        fast = device.type == "cuda" or backend.native().active_isa() == "amx"
-        config = dataclasses.replace(config, dtype="bfloat16" if fast else "float32")
+        config = dataclasses.replace(config, dtype=backend.fastest_dtype(device))
     folder = run_folder(config)
     begun = (folder / ENVIRONMENT_FILE).exists() or (folder / "checkpoints").is_dir()
     if config.resume is None or not begun:

@@ -11,6 +11,7 @@
 #include <limits>
 
 #include "core/isa.h"
+#include "simd/dot_bf16.h"
 #include "simd/math.h"
 #include "simd/tile_amx.h"
 #include "simd/vec.h"
@@ -144,6 +145,33 @@ void packing() {
 }
 
 // Small integers make every sum exact, whatever the order of additions: this checks what is multiplied with what.
+void vector_products() {
+  constexpr int kRows = 14;
+  alignas(64) bf16 by_rows[kRows * kBlock], by_columns[kRows * kBlock], b[kBlockElements];
+  bf16 rows[kRows * 32], columns[32 * kRows];
+  for (bf16& value : b) value = small_integer();
+  for (int m = 0; m < kRows; ++m)
+    for (int k = 0; k < 32; ++k) rows[m * 32 + k] = columns[k * kRows + m] = small_integer();
+  a_rows_from_rows<kRows>(by_rows, rows, 32, kRows - 1, 31);
+  a_rows_from_columns<kRows>(by_columns, columns, kRows, kRows - 1, 31);
+  for (int i = 0; i < kRows * 32; ++i) {
+    const uint16_t expected = i / 32 < kRows - 1 && i % 32 < 31 ? rows[i].bits : 0;
+    check(by_rows[i].bits == expected, "a_rows_from_rows", i);
+    check(by_columns[i].bits == expected, "a_rows_from_columns", i);
+  }
+  Vec sums[kRows][kBlockVecs];
+  for (auto& row : sums) row[0] = row[1] = Vec::set(3);
+  dot_block<kRows>(sums, by_rows, b);
+  for (int m = 0; m < kRows; ++m)
+    for (int n = 0; n < 32; ++n) {
+      float expected = 3, lanes[16];
+      for (int k = 0; k < 32; ++k)
+        expected += to_float(by_rows[m * 32 + k]) * to_float(b[n / 16 * 512 + k / 2 * 32 + n % 16 * 2 + k % 2]);
+      sums[m][n / 16].store(lanes);
+      check(lanes[n % 16] == expected, "dot_block", m * 100 + n);
+    }
+}
+
 void tile_products() {
   alignas(64) bf16 a[kTileElements], b[kTileElements];
   float sums[16 * 20], before[16 * 20];
@@ -226,6 +254,7 @@ int main(int argc, char** argv) {
   narrowing();
   page_end();
   packing();
+  vector_products();
   tile_products();
   barriers();
   return failures != 0;

@@ -65,22 +65,13 @@ __device__ __forceinline__ void start_dots(float (&acc)[B::kRows / 2], A a, int 
     warpgroup_product<B::kRows, T, Major::k, Major::k>(acc, a.by_rows(first_row, k), b.by_rows(0, k), k > 0);
 }
 
-// acc[64][B::kD] += weights[64][B::kRows] b; the weights are fragments, packed by pack_weights().
+// acc[64][B::kD] += weights[64][B::kRows] b; the weights are fragments.
 template <class T, class B>
 __device__ __forceinline__ void start_weighted_sum(float (&acc)[B::kD / 2], const uint32_t (&weights)[B::kRows / 16][4],
                                                    B b, bool add) {
 #pragma unroll
   for (int k = 0; k < B::kRows / 16; ++k)
     warpgroup_product<B::kD, T, Major::mn>(acc, weights[k], b.by_columns(k), add || k > 0);
-}
-
-template <class T, int kColumns>
-__device__ __forceinline__ void pack_weights(uint32_t (&packed)[kColumns / 16][4],
-                                             const float (&values)[kColumns / 2]) {
-#pragma unroll
-  for (int k = 0; k < kColumns / 16; ++k)
-#pragma unroll
-    for (int r = 0; r < 4; ++r) packed[k][r] = pack_pair<T>(values[8 * k + 2 * r], values[8 * k + 2 * r + 1]);
 }
 
 template <int kCount>
@@ -128,6 +119,32 @@ __device__ void store_tile_rows(Tile tile, int first_row, const float (&acc)[Til
   }
 }
 
+// ---- blocks that work on one tile after another --------------------------------------------------------------------
+
+// RingPlace in one register: how often it advanced.
+template <int kStages>
+struct CountedPlace {
+  uint32_t count = 0;
+  __device__ int stage() const { return static_cast<int>(count % kStages); }
+  __device__ int parity() const { return static_cast<int>(count / kStages % 2); }
+  __device__ void advance() { ++count; }
+};
+
+// Which work comes next, for the one thread that asks: from a counter that all blocks share, fetched while the work
+// before is under way, or, without a counter, the block's own index alone.
+struct Tickets {
+  int* counter;
+  int total, next;
+
+  __device__ Tickets(int* counter, int total)
+      : counter(counter), total(total), next(counter ? atomicAdd(counter, 1) : static_cast<int>(blockIdx.x)) {}
+  __device__ int take() {  // total or more: none is left
+    const int now = next;
+    next = counter ? atomicAdd(counter, 1) : total;
+    return now;
+  }
+};
+
 // ---- two numbers a query row ----------------------------------------------------------------------------------------
 
 // Of a query row; +inf as lse where it passes no gradient: its weights are then 2^-inf = 0. Each sequence's rows begin
@@ -136,18 +153,22 @@ struct QueryStatistics {
   float lse;  // in the log2 domain
   float delta;
 };
-constexpr int kSlotRows = 128;
+constexpr int kSlotRows = 128, kSlotTurns = 4;  // turns: hopper_backward_joint.h
+constexpr int kCounters = 4;                    // of work, behind all slots
 
 // Slots of a head: packed sequences have those that token_tile() numbers.
 __host__ __device__ inline int64_t slots_of_head(int64_t sequences, int64_t tokens, bool packed) {
   return tile_count(sequences, tokens, packed, kSlotRows);
 }
 
+__device__ inline const QueryStatistics* slots_of_workspace(const AttentionParams& p) {
+  return reinterpret_cast<const QueryStatistics*>(p.workspace);
+}
 __device__ inline const QueryStatistics* slots_of(const AttentionParams& p, int64_t head, const Sequence& sequence) {
   const int64_t slots = slots_of_head(p.B, p.Tq, p.first_q != nullptr);
   const int64_t first = p.first_q ? sequence.first_q / kSlotRows + sequence.index
                                   : sequence.index * ((p.Tq + kSlotRows - 1) / kSlotRows);
-  return reinterpret_cast<const QueryStatistics*>(p.workspace) + (head * slots + first) * kSlotRows;
+  return slots_of_workspace(p) + (head * slots + first) * kSlotRows;
 }
 
 // The sequence of one of a head's slots, and its first token there.
@@ -157,21 +178,33 @@ __device__ inline TokenTile slot_place(const AttentionParams& p, int64_t slot) {
   return {slot / slots, static_cast<int>(slot % slots) * kSlotRows};
 }
 
+// Counters that the statistics' kernel sets to 0.
+__device__ inline int* counters_of(const AttentionParams& p) {
+  const int64_t rows = p.Hq * slots_of_head(p.B, p.Tq, p.first_q != nullptr) * kSlotRows;
+  return reinterpret_cast<int*>(p.workspace + 2 * rows);
+}
+
 constexpr int kSlotThreads = 256;
 
-// kLanes lanes a row, eight elements each: Dv <= 8 kLanes. `sums`: 8 kLanes floats a row, to be zeroed, or null.
+// kLanes lanes a row, eight elements each: Dv <= 8 kLanes. `sums`: 8 kLanes floats a row, and behind them the turns, to
+// be zeroed, or null.
 template <class T, int kLanes>
 __global__ void __launch_bounds__(kSlotThreads) query_statistics_kernel(const AttentionBackwardParams p, float* sums) {
   const int64_t slots = slots_of_head(p.B, p.Tq, p.first_q != nullptr), rows = slots * kSlotRows;
   const int64_t index = (blockIdx.x * int64_t{kSlotThreads} + thread()) / kLanes;  // whole blocks: rows % 128 == 0
   const int64_t head = index / rows, slot = index % rows / kSlotRows;
+  if (index < kCounters) counters_of(p)[index] = 0;
   const TokenTile place = slot_place(p, slot);
   const Sequence sequence = sequence_of(p, place.sequence);
   const int token = place.first + static_cast<int>(index % kSlotRows);
-  if (sums)
+  if (sums) {
+    int* const turns = reinterpret_cast<int*>(sums + p.Hq * rows * (8 * kLanes));
+    if (index % (kSlotRows / kSlotTurns) == 0) turns[index / (kSlotRows / kSlotTurns)] = 0;
+    if (index == 0) turns[p.Hq * slots * kSlotTurns] = 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half)
       store_streaming(sums + index * (8 * kLanes) + (half * kLanes + threadIdx.x % kLanes) * 4, Bytes16{{0, 0, 0, 0}});
+  }
   const bool exists = token < sequence.Tq;
   float delta = 0.0f;
   if (exists) {

@@ -2,9 +2,13 @@
 // hopper_backward_keys.h a block owns 128 keys and walks over tiles of queries; besides
 //   dS^T goes through shared memory, since a query's sum runs over the keys of both warpgroups:
 //   grad_q[tile] += dS K                 64 x 64 of it a warpgroup, kLag steps after dS was ready
-// and each block adds its share to float32 sums in memory: by the copy engine, in L2, in the order in which blocks
-// come. The sums' tiles are stored as the fragments lie, [warpgroup][4 columns of fragments][thread][4]; a last kernel scales
-// and rounds them.
+// and each block adds its share to float32 sums in memory, by the copy engine, in L2. The sums' tiles are stored as the
+// fragments lie, [warpgroup][4 columns of fragments][thread][4]; a last kernel scales and rounds them.
+//
+// With kOrdered the blocks of a head take turns at each tile, ascending, so that the sums' bits do not depend on the
+// time. Blocks get their place from a counter, so that whoever is waited for has started; they take tiles of queries
+// descending, so that under a causal mask, too, a head's blocks begin with the same tile, one step after another; and
+// the places of several heads alternate, so that few blocks of a head begin at once.
 //
 // Shared memory: K and V; a ring of kStages times Q, grad_out, statistics; two tiles of dS^T; 16 KB a warpgroup on
 // their way to the sums. Of warpgroup 2, warp 0 asks for copies, warp 1 inspects, warps 2 and 3 add.
@@ -14,13 +18,14 @@
 
 namespace llmfast::cuda {
 
-template <int kD_, int kQueries_, int kStages_, int kLag_>
+template <int kD_, int kQueries_, int kStages_, bool kOrdered_>
 struct JointLayout {
-  static constexpr int kD = kD_, kQueries = kQueries_, kStages = kStages_, kLag = kLag_, kInspectors = 1;
+  static constexpr int kD = kD_, kQueries = kQueries_, kStages = kStages_, kInspectors = 1;
+  static constexpr bool kOrdered = kOrdered_, kDescends = kOrdered;
   using Own = SlabTile<kOwnRows, kD>;
   using Other = SlabTile<kQueries, kD>;
   using Scores = SlabTile<kOwnRows, kQueries>;  // of keys and queries
-  static_assert(kD * kQueries == 8192 && (kLag == 0 || kLag == 1));
+  static_assert(kD * kQueries == 8192);
   static constexpr int kShare = 4096, kShareBytes = kShare * 4;  // floats of a tile's sums, of a warpgroup
   static constexpr int kStatisticsBytes = kQueries * static_cast<int>(sizeof(QueryStatistics));
   static constexpr int kStageBytes = 2 * Other::kBytes + kStatisticsBytes;
@@ -33,6 +38,7 @@ struct JointLayout {
   static constexpr int kBytes = kWorkAt + kWorkBytes + kSharedAlignment;
   static_assert(kBytes <= 232448 && kSlotRows % kQueries == 0);
 
+  char* bytes;
   uint32_t base;
   __device__ Own keys() const { return {base}; }
   __device__ Own values() const { return {base + Own::kBytes}; }
@@ -76,10 +82,27 @@ template <int kD>
 __device__ float* query_sums(const AttentionParams& p, int64_t head, const Sequence& sequence) {
   const int64_t rows = p.Hq * slots_of_head(p.B, p.Tq, p.first_q != nullptr) * kSlotRows;
   const auto* const first = reinterpret_cast<const QueryStatistics*>(p.workspace);
-  return p.workspace + 2 * rows + (slots_of(p, head, sequence) - first) * kD;
+  return p.workspace + 2 * rows + kCounters + (slots_of(p, head, sequence) - first) * kD;
+}
+// Whose turn it is at a tile: how many blocks have added their share. Behind the sums; after the last, the counter of
+// places.
+template <int kD>
+__device__ int* turns_of(const AttentionParams& p, int64_t slot) {
+  const int64_t slots = p.Hq * slots_of_head(p.B, p.Tq, p.first_q != nullptr);
+  return reinterpret_cast<int*>(p.workspace + slots * kSlotRows * (2 + kD) + kCounters) + slot * kSlotTurns;
 }
 inline int64_t query_sums_floats(int64_t B, int64_t Hq, int64_t Tq, bool packed, int kD) {
-  return Hq * slots_of_head(B, Tq, packed) * kSlotRows * kD;
+  return Hq * slots_of_head(B, Tq, packed) * (kSlotRows * kD + kSlotTurns) + 4;
+}
+
+// Places of blocks: a section of heads after another; in a section the first tiles of all heads, then the second ones.
+struct BlockPlace {
+  int tile, head;
+};
+__host__ __device__ inline BlockPlace block_place(int index, int tiles, int heads, int section) {
+  const int first = index / (tiles * section) * section;
+  const int inside = index - first * tiles, width = heads - first < section ? heads - first : section;
+  return {inside / width, first + inside % width};
 }
 
 // Own keys that hold NaN or infinity become zeros, so that they do not spoil the sums of queries that do not see them.
@@ -104,18 +127,34 @@ __device__ void inspect_own_keys(Layout shared) {
 // Adds a warpgroup's shares to the sums in memory.
 template <class Layout>
 __device__ void add_shares(const AttentionParams& p, const KeysWork& w, Layout shared, int warpgroup) {
+  constexpr int kQueries = Layout::kQueries, kTurns = kSlotTurns * kQueries / kSlotRows;  // of a tile
+  const Band band{w.sequence.Tq, w.sequence.Tk, p.left, p.right};
   int parity = 0;
 #pragma unroll 1
   for (int member = 0; member < w.group; ++member) {
     const int head = w.kv_head * w.group + member;
+    const int64_t slot = (slots_of(p, head, w.sequence) - slots_of_workspace(p)) / kSlotRows;
     float* const sums = query_sums<Layout::kD>(p, head, w.sequence) + warpgroup * Layout::kShare;
+    int* const turns = turns_of<Layout::kD>(p, slot) + warpgroup;
 #pragma unroll 1
-    for (int tile = w.first_tile; tile < w.end_tile; ++tile, parity ^= 1) {
+    for (int i = 0; i < w.end_tile - w.first_tile; ++i, parity ^= 1) {
+      const int tile = w.tile(shared, i), first = tile * kQueries;
       mbarrier_wait(shared.share_full(warpgroup), parity);
+      if (Layout::kOrdered) {
+        const int end = first + kQueries < w.sequence.Tq ? first + kQueries : w.sequence.Tq;
+        const int earlier = w.first / kOwnRows - band.seen_by_any(first, end).begin / kOwnRows;
+        wait_for_turn(turns + tile * kTurns, earlier);
+        fence_async_proxy_global();
+      }
       bulk_add_floats(sums + int64_t{tile} * (2 * Layout::kShare), shared.share(warpgroup), Layout::kShareBytes);
       bulk_commit();
       bulk_wait_read<0>();
       mbarrier_arrive(shared.share_empty(warpgroup));
+      if (Layout::kOrdered) {
+        bulk_wait<0>();
+        fence_async_proxy_global();
+        add_release(turns + tile * kTurns, 1);
+      }
     }
   }
   bulk_wait<0>();
@@ -123,11 +162,11 @@ __device__ void add_shares(const AttentionParams& p, const KeysWork& w, Layout s
 
 template <class T, bool kCapped, class Layout>
 __device__ __forceinline__ void consume_jointly(const AttentionBackwardParams& p, const KeysWork& w, Layout shared) {
-  constexpr int kD = Layout::kD, kQueries = Layout::kQueries, kLag = Layout::kLag;
+  constexpr int kD = Layout::kD, kQueries = Layout::kQueries;
   const int warpgroup = uniform(thread() / kWarpgroup), first_row = warpgroup * 64, my_row = warp() * 16;
   const int my_column = lane() % 4 * 2;
-  const int first_tile = uniform(w.first_tile), end_tile = uniform(w.end_tile);
-  const int steps = (end_tile - first_tile) * uniform(w.group);
+  const int first_tile = uniform(w.tile(shared, 0)), tiles = uniform(w.end_tile - w.first_tile);
+  const int steps = uniform(w.steps());
   const Span full = {uniform(w.full.begin), uniform(w.full.end)};
   const uint32_t ready = w.inspects ? shared.inspected(0) : shared.full(0);
   const ScoreScale scale(p);
@@ -140,7 +179,7 @@ __device__ __forceinline__ void consume_jointly(const AttentionBackwardParams& p
 
   float grad_k[kD / 2], grad_v[kD / 2];
   RingPlace<Layout::kStages> place;
-  int tile = first_tile;
+  int first = first_tile * kQueries, left = tiles;  // query, and tiles of this head
   if (steps > 0) {
     mbarrier_wait(shared.own(), 0);
     mbarrier_wait(shared.own_inspected(), 0);
@@ -154,79 +193,72 @@ __device__ __forceinline__ void consume_jointly(const AttentionBackwardParams& p
     factor[half] = scale.product + __uint_as_float(lane() / 4 % 4 < 2 ? pair : other);
   }
 #pragma unroll 1
-  for (int step = 0; step < steps + kLag; ++step) {
-    if (kLag == 0 || step < steps) {
-      const int stage = place.stage, first = tile * kQueries;
-      const auto queries = shared.queries(stage), grad_out = shared.grad_out(stage);
-      const uint32_t statistics = shared.statistics(stage) + my_column * static_cast<int>(sizeof(QueryStatistics));
-      const Span visible[2] = {{mine[0].begin - first - my_column, mine[0].end - first - my_column},
-                               {mine[1].begin - first - my_column, mine[1].end - first - my_column}};
-      float scores[kQueries / 2], products[kQueries / 2], kept[kQueries / 2];
-      uint32_t weights[kQueries / 16][4], gradients[kQueries / 16][4];
-      mbarrier_wait(shared.full(stage), place.parity);
-      mbarrier_wait(ready + 8 * stage, place.parity);
-      warpgroup_fence();
-      start_dots<T>(scores, shared.keys(), first_row, queries);
-      warpgroup_commit();
-      start_dots<T>(products, shared.values(), first_row, grad_out);
-      warpgroup_commit();
-      warpgroup_wait<1>();  // scores
-      if (first < full.begin || first + kQueries > full.end) {
-        weights_of_scores<Layout, kCapped, true>(scores, kept, statistics, factor, scale, visible);
-        warpgroup_wait<0>();
-        gradients_of_scores<T, Layout, kCapped, true>(kept, products, statistics, scale, visible, weights, gradients);
-      } else {
-        weights_of_scores<Layout, kCapped, false>(scores, kept, statistics, factor, scale, visible);
-        warpgroup_wait<0>();
-        gradients_of_scores<T, Layout, kCapped, false>(kept, products, statistics, scale, visible, weights, gradients);
-      }
-      const auto tile_of_scores = shared.scores(step % 2);
-      mbarrier_wait(shared.scores_empty(step % 2), step / 2 % 2 ^ 1);
-#pragma unroll
-      for (int k = 0; k < kQueries / 16; ++k)
-        stmatrix_x4(tile_of_scores.chunk(my_row + lane() % 16, 2 * k + lane() / 16), gradients[k]);
-      fence_async_proxy();
-      __syncwarp();
-      if (lane() == 0) mbarrier_arrive(shared.scores_full(step % 2));
-      warpgroup_fence();
-      start_weighted_sum<T>(grad_v, weights, grad_out, step > 0);
-      start_weighted_sum<T>(grad_k, gradients, queries, step > 0);
-      warpgroup_commit();
-      if (++tile == end_tile) tile = first_tile;
+  for (int step = 0; step < steps; ++step) {
+    const int stage = place.stage, buffer = step % 2, round = step / 2 % 2;
+    const auto queries = shared.queries(stage), grad_out = shared.grad_out(stage);
+    const uint32_t statistics = shared.statistics(stage) + my_column * static_cast<int>(sizeof(QueryStatistics));
+    const Span visible[2] = {{mine[0].begin - first - my_column, mine[0].end - first - my_column},
+                             {mine[1].begin - first - my_column, mine[1].end - first - my_column}};
+    float scores[kQueries / 2], products[kQueries / 2], kept[kQueries / 2];
+    uint32_t weights[kQueries / 16][4], gradients[kQueries / 16][4];
+    mbarrier_wait(shared.full(stage), place.parity);
+    mbarrier_wait(ready + 8 * stage, place.parity);
+    warpgroup_fence();
+    start_dots<T>(scores, shared.keys(), first_row, queries);
+    warpgroup_commit();
+    start_dots<T>(products, shared.values(), first_row, grad_out);
+    warpgroup_commit();
+    warpgroup_wait<1>();  // scores
+    if (first < full.begin || first + kQueries > full.end) {
+      weights_of_scores<Layout, kCapped, true>(scores, kept, statistics, factor, scale, visible);
+      warpgroup_wait<0>();
+      gradients_of_scores<T, Layout, kCapped, true>(kept, products, statistics, scale, visible, weights, gradients);
+    } else {
+      weights_of_scores<Layout, kCapped, false>(scores, kept, statistics, factor, scale, visible);
+      warpgroup_wait<0>();
+      gradients_of_scores<T, Layout, kCapped, false>(kept, products, statistics, scale, visible, weights, gradients);
     }
+    const auto tile_of_scores = shared.scores(buffer);
+    mbarrier_wait(shared.scores_empty(buffer), round ^ 1);
+#pragma unroll
+    for (int k = 0; k < kQueries / 16; ++k)
+      stmatrix_x4(tile_of_scores.chunk(my_row + lane() % 16, 2 * k + lane() / 16), gradients[k]);
+    fence_async_proxy();
+    __syncwarp();
+    if (lane() == 0) mbarrier_arrive(shared.scores_full(buffer));
+    warpgroup_fence();
+    start_weighted_sum<T>(grad_v, weights, grad_out, step > 0);
+    start_weighted_sum<T>(grad_k, gradients, queries, step > 0);
+    warpgroup_commit();
+
     float sums[32];
-    const int then = step - kLag;
-    const bool sums_too = kLag == 0 || then >= 0;
-    if (sums_too) {
-      mbarrier_wait(shared.scores_full(then & 1), then / 2 % 2);
-      const auto tile_of_scores = shared.scores(then & 1);
-      warpgroup_fence();
-      const int query_slab = (kQueries == 128 ? warpgroup : 0) * Layout::Scores::kSlabBytes;
-      const int column_slab = (kD == 128 ? warpgroup : 0) * Layout::Own::kSlabBytes;
+    mbarrier_wait(shared.scores_full(buffer), round);
+    warpgroup_fence();
+    const int query_slab = (kQueries == 128 ? warpgroup : 0) * Layout::Scores::kSlabBytes;
+    const int column_slab = (kD == 128 ? warpgroup : 0) * Layout::Own::kSlabBytes;
 #pragma unroll
-      for (int k = 0; k < kOwnRows / 16; ++k)
-        warpgroup_product<64, T, Major::mn, Major::mn>(sums, advanced(tile_of_scores.by_columns(k), query_slab),
-                                                       advanced(shared.keys().by_columns(k), column_slab), k > 0);
-      warpgroup_commit();
-    }
+    for (int k = 0; k < kOwnRows / 16; ++k)
+      warpgroup_product<64, T, Major::mn, Major::mn>(sums, advanced(tile_of_scores.by_columns(k), query_slab),
+                                                     advanced(shared.keys().by_columns(k), column_slab), k > 0);
+    warpgroup_commit();
     warpgroup_wait<0>();
     if (lane() == 0) {
-      if (kLag == 0 || step < steps) mbarrier_arrive(shared.empty(place.stage));
-      if (sums_too) mbarrier_arrive(shared.scores_empty(then & 1));
+      mbarrier_arrive(shared.empty(stage));
+      mbarrier_arrive(shared.scores_empty(buffer));
     }
-    if (kLag == 0 || step < steps) place.advance();
-    if (sums_too) {
-      mbarrier_wait(shared.share_empty(warpgroup), (then & 1) ^ 1);
-      const uint32_t share = shared.share(warpgroup) + thread() % kWarpgroup * 16;
+    place.advance();
+    first += Layout::kDescends ? -kQueries : kQueries;
+    if (--left == 0) first = first_tile * kQueries, left = tiles;
+    mbarrier_wait(shared.share_empty(warpgroup), step % 2 ^ 1);
+    const uint32_t share = shared.share(warpgroup) + thread() % kWarpgroup * 16;
 #pragma unroll
-      for (int j = 0; j < 8; ++j)
-        store_shared(share + j * (kWarpgroup * 16),
-                     Bytes16{{__float_as_uint(sums[4 * j]), __float_as_uint(sums[4 * j + 1]),
-                              __float_as_uint(sums[4 * j + 2]), __float_as_uint(sums[4 * j + 3])}});
-      fence_async_proxy();
-      __syncwarp();
-      if (lane() == 0) mbarrier_arrive(shared.share_full(warpgroup));
-    }
+    for (int j = 0; j < 8; ++j)
+      store_shared(share + j * (kWarpgroup * 16),
+                   Bytes16{{__float_as_uint(sums[4 * j]), __float_as_uint(sums[4 * j + 1]),
+                            __float_as_uint(sums[4 * j + 2]), __float_as_uint(sums[4 * j + 3])}});
+    fence_async_proxy();
+    __syncwarp();
+    if (lane() == 0) mbarrier_arrive(shared.share_full(warpgroup));
   }
   if (steps == 0) {
     clear(grad_k);
@@ -248,14 +280,18 @@ template <class T, class Layout, bool kCapped>
 __global__ void __launch_bounds__(kHopperThreads, 1)
     attention_grad_joint_kernel(const AttentionBackwardParams p, const __grid_constant__ TensorMap k_map,
                                 const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap q_map,
-                                const __grid_constant__ TensorMap grad_out_map) {
+                                const __grid_constant__ TensorMap grad_out_map, const int tiles, const int section) {
   char* const bytes = dynamic_shared<char>();
   const uint32_t skip = -shared_address(bytes) % kSharedAlignment;
-  const Layout shared{shared_address(bytes) + skip};
+  const Layout shared{bytes + skip, shared_address(bytes) + skip};
   KeysWork& work = *reinterpret_cast<KeysWork*>(bytes + skip + Layout::kWorkAt);
   static_assert(sizeof(KeysWork) <= Layout::kWorkBytes);
   if (thread() == 0) {
-    work = KeysWork::of(p, shared);
+    const int slots = static_cast<int>(p.Hq * slots_of_head(p.B, p.Tq, p.first_q != nullptr));
+    const int index = Layout::kOrdered ? atomicAdd(turns_of<Layout::kD>(p, slots), 1) : static_cast<int>(blockIdx.x);
+    const int Hkv = static_cast<int>(p.Hkv), heads = p.first_q ? Hkv : Hkv * static_cast<int>(p.B);
+    const BlockPlace place = block_place(index, tiles, heads, section);
+    work = KeysWork::of(p, shared, place.tile, place.head % Hkv, place.head / Hkv);
     shared.initialise_barriers();
   }
   __syncthreads();
@@ -263,10 +299,20 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   if (thread() >= kConsumers * kWarpgroup) {
     registers_shrink<kProducerRegisters>();
     const int worker = warp() - kConsumers * 4;
-    if (worker == 0 && lane() == 0) produce_queries(p, work, shared, &k_map, &v_map, &q_map, &grad_out_map);
-    if (worker == 1 && work.first_tile < work.end_tile) {
+    if (worker == 0 && lane() == 0 && work.steps() > 0) {
+      load_own(p, work, shared, shared.own(), &k_map, &v_map);
+      RingPlace<Layout::kStages> place;
+      load_queries(p, work, shared, place, &q_map, &grad_out_map);
+    }
+    if (worker == 1 && work.steps() > 0) {
       inspect_own_keys<T>(shared);
-      if (work.inspects) inspect_queries(work, shared, bytes + skip, 0);
+      RingPlace<Layout::kStages> place;
+      for (int step = 0; step < work.steps() && work.inspects; ++step, place.advance()) {
+        mbarrier_wait(shared.full(place.stage), place.parity);
+        clear_absent_queries(shared, place.stage, 0);
+        __syncwarp();
+        if (lane() == 0) mbarrier_arrive(shared.inspected(place.stage));
+      }
     }
     if (worker >= 2 && lane() == 0) add_shares(p, work, shared, worker - 2);
   } else {

@@ -5,54 +5,16 @@
 //   grad_v += P^T grad_out, grad_k += dS^T Q          read them
 // The sums stay in registers from the first tile to the last: no atomics, one order.
 //
-// Shared memory: K and V, and a ring of kStages times Q, grad_out and the rows' statistics. Barriers: `own` (K and V
-// have come), and for each stage `full` (its tiles have come), `inspected` (rows that pass no gradient are zero) and
-// `empty` (both warpgroups are done with it).
+// Shared memory: K and V, a ring of kStages times Q, grad_out and the rows' statistics, and the finished tiles on their
+// way out. Barriers: posted, taken (of a place for work), own_full, own_empty (K and V), and for each stage full (its
+// tiles have come), inspected (rows that pass no gradient are zero) and empty.
 #pragma once
 #include "attention/cuda/hopper_backward.h"
 
 namespace llmfast::cuda {
 
-// kDrains: a step ends when its sums are done. Otherwise they go on while the next step's scores begin, which takes
-// registers that a kD of 128 or tiles of 128 do not leave.
-template <int kD_, int kQueries_, int kStages_, bool kDrains_ = true>
-struct KeysLayout {
-  static constexpr bool kDrains = kDrains_;
-  static constexpr int kInspectors = 3;
-  static constexpr int kD = kD_, kQueries = kQueries_, kStages = kStages_;
-  using Own = SlabTile<kOwnRows, kD>;
-  using Other = SlabTile<kQueries, kD>;
-  static constexpr int kStatisticsBytes = kQueries * static_cast<int>(sizeof(QueryStatistics));
-  static constexpr int kStageBytes = 2 * Other::kBytes + kStatisticsBytes;
-  static constexpr int kOthersAt = 2 * Own::kBytes, kStatisticsAt = kOthersAt + 2 * kStages * Other::kBytes;
-  static constexpr int kBarriersAt = kStatisticsAt + kStages * kStatisticsBytes;
-  static constexpr int kWorkAt = kBarriersAt + 8 * (2 + 3 * kStages) / 16 * 16, kWorkBytes = 128;
-  static constexpr int kBytes = kWorkAt + kWorkBytes + kSharedAlignment;
-  static_assert(kBytes <= 232448 && kSlotRows % kQueries == 0);
-
-  uint32_t base;
-  __device__ Own keys() const { return {base}; }
-  __device__ Own values() const { return {base + Own::kBytes}; }
-  __device__ Other queries(int stage) const { return {base + kOthersAt + 2 * stage * Other::kBytes}; }
-  __device__ Other grad_out(int stage) const { return {base + kOthersAt + (2 * stage + 1) * Other::kBytes}; }
-  __device__ uint32_t statistics(int stage) const { return base + kStatisticsAt + stage * kStatisticsBytes; }
-  __device__ uint32_t own() const { return base + kBarriersAt; }
-  __device__ uint32_t full(int stage) const { return own() + 8 * (1 + stage); }
-  __device__ uint32_t inspected(int stage) const { return own() + 8 * (1 + kStages + stage); }
-  __device__ uint32_t empty(int stage) const { return own() + 8 * (1 + 2 * kStages + stage); }
-
-  __device__ void initialise_barriers() const {
-    mbarrier_init(own(), 1);
-    for (int stage = 0; stage < kStages; ++stage) {
-      mbarrier_init(full(stage), 1);
-      mbarrier_init(inspected(stage), kInspectors);
-      mbarrier_init(empty(stage), kConsumerWarps);
-    }
-    mbarrier_init_fence();
-  }
-};
-
-// What a block of keys works on. One thread finds out and leaves it in shared memory: no registers are left to keep it.
+// A block of keys and the queries that see it. One thread finds out and leaves it in shared memory: no registers are
+// left to keep it.
 struct KeysWork {
   Sequence sequence;
   int kv_head, group;
@@ -60,25 +22,32 @@ struct KeysWork {
   int first_tile, end_tile;  // of queries
   Span full;                 // queries that see all the block's rows of keys
   bool inspects;             // some tile may hold rows that pass no gradient: of another sequence, or that see no key
+  bool none;                 // no work is left
 
+  // `index` counts tiles of a sequence (packed: of all), then heads, then sequences.
   template <class Layout>
-  __device__ static KeysWork of(const AttentionParams& p, Layout) {
+  __device__ static KeysWork of(const AttentionParams& p, Layout layout, int index, int tiles) {
+    const int heads = static_cast<int>(p.Hkv), row = index / tiles;
+    return of(p, layout, index % tiles, row % heads, row / heads);
+  }
+  template <class Layout>
+  __device__ static KeysWork of(const AttentionParams& p, Layout, int block_tile, int kv_head, int block_sequence) {
     constexpr int kQueries = Layout::kQueries;
     KeysWork w;
-    w.kv_head = static_cast<int>(blockIdx.y), w.group = static_cast<int>(p.Hq) / static_cast<int>(p.Hkv);
+    w.kv_head = kv_head, w.group = static_cast<int>(p.Hq) / static_cast<int>(p.Hkv);
     if (p.first_k) {
-      const TokenTile tile = token_tile(blockIdx.x, p.B, p.Tk, p.first_k, kOwnRows);
+      const TokenTile tile = token_tile(block_tile, p.B, p.Tk, p.first_k, kOwnRows);
       w.sequence = sequence_of(p, tile.sequence), w.first = tile.first;
     } else {  // under a causal mask the first is the longest
-      w.sequence = sequence_of(p, blockIdx.z), w.first = static_cast<int>(blockIdx.x) * kOwnRows;
+      w.sequence = sequence_of(p, block_sequence), w.first = block_tile * kOwnRows;
     }
     const int Tq = w.sequence.Tq, Tk = w.sequence.Tk, end = w.first + kOwnRows < Tk ? w.first + kOwnRows : Tk;
-    w.first_tile = w.end_tile = 0, w.full = {0, 0}, w.inspects = false;
+    w.first_tile = w.end_tile = 0, w.full = {0, 0}, w.inspects = w.none = false;
     if (w.nothing()) return w;
     const Span seen = w.band(p).seen_by_any(w.first, end);
     const bool others = p.first_k && w.first + kOwnRows > Tk;  // rows of the next sequence, that nothing sees
     if (!others) w.full = w.band(p).seen_by_all(w.first, end);
-    if (seen.empty()) return w;
+    if (seen.empty() || p.left + p.right < 0) return w;
     w.first_tile = seen.begin / kQueries, w.end_tile = (seen.end + kQueries - 1) / kQueries;
     const int last = w.end_tile * kQueries < Tq ? w.end_tile * kQueries - 1 : Tq - 1;
     const Band keys{Tq, Tk, p.left, p.right};
@@ -86,29 +55,85 @@ struct KeysWork {
                  keys.keys_of(last).empty();
     return w;
   }
+  // Tiles of queries in the order in which a head's are taken.
+  template <class Layout>
+  __device__ int tile(Layout, int i) const {
+    return Layout::kDescends ? end_tile - 1 - i : first_tile + i;
+  }
+  __device__ int steps() const { return (end_tile - first_tile) * group; }
   __device__ bool nothing() const { return first >= sequence.Tk; }
   __device__ Band band(const AttentionParams& p) const {  // of the keys: its keys are our queries
     return Band{sequence.Tq, sequence.Tk, p.left, p.right}.transposed();
   }
 };
 
-template <class Layout>
-__device__ void produce_queries(const AttentionParams& p, const KeysWork& w, Layout shared, const TensorMap* k_map,
-                                const TensorMap* v_map, const TensorMap* q_map, const TensorMap* grad_out_map) {
-  if (w.first_tile == w.end_tile) return;
+// kDrains: a step ends when its sums are done. Otherwise they go on while the next step's scores begin, which takes
+// registers that a kD of 128 or tiles of 128 do not leave.
+template <int kD_, int kQueries_, int kStages_, bool kDrains_ = true>
+struct KeysLayout {
+  static constexpr bool kDrains = kDrains_, kDescends = false;
+  static constexpr int kInspectors = 3;
+  static constexpr int kD = kD_, kQueries = kQueries_, kStages = kStages_;
+  using Own = SlabTile<kOwnRows, kD>;
+  using Other = SlabTile<kQueries, kD>;
+  static constexpr int kStatisticsBytes = kQueries * static_cast<int>(sizeof(QueryStatistics));
+  static constexpr int kStageBytes = 2 * Other::kBytes + kStatisticsBytes;
+  static constexpr int kOthersAt = 2 * Own::kBytes, kFinishedAt = kOthersAt + 2 * kStages * Other::kBytes;
+  static constexpr int kStatisticsAt = kFinishedAt + 2 * Own::kBytes;
+  static constexpr int kWorkAt = kStatisticsAt + kStages * kStatisticsBytes, kWorkBytes = 128;
+  static constexpr int kBarriersAt = kWorkAt + 2 * kWorkBytes, kBarriers = 6 + 3 * kStages;
+  static constexpr int kBytes = kBarriersAt + 8 * kBarriers + kSharedAlignment;
+  static_assert(kBytes <= 232448 && kSlotRows % kQueries == 0);
+
+  char* bytes;
+  uint32_t base;
+  __device__ Own keys() const { return {base}; }
+  __device__ Own values() const { return {base + Own::kBytes}; }
+  __device__ Other queries(int stage) const { return {base + kOthersAt + 2 * stage * Other::kBytes}; }
+  __device__ Other grad_out(int stage) const { return {base + kOthersAt + (2 * stage + 1) * Other::kBytes}; }
+  __device__ Own finished(int which) const { return {base + kFinishedAt + which * Own::kBytes}; }
+  __device__ uint32_t statistics(int stage) const { return base + kStatisticsAt + stage * kStatisticsBytes; }
+  __device__ KeysWork& work(int place) const {
+    static_assert(sizeof(KeysWork) <= kWorkBytes);
+    return *reinterpret_cast<KeysWork*>(bytes + kWorkAt + place * kWorkBytes);
+  }
+  __device__ uint32_t barrier(int i) const { return base + kBarriersAt + 8 * i; }
+  __device__ uint32_t posted(int place) const { return barrier(place); }
+  __device__ uint32_t taken(int place) const { return barrier(2 + place); }
+  __device__ uint32_t own_full() const { return barrier(4); }
+  __device__ uint32_t own_empty() const { return barrier(5); }
+  __device__ uint32_t full(int stage) const { return barrier(6 + stage); }
+  __device__ uint32_t inspected(int stage) const { return barrier(6 + kStages + stage); }
+  __device__ uint32_t empty(int stage) const { return barrier(6 + 2 * kStages + stage); }
+
+  __device__ void initialise_barriers() const {
+    for (int place = 0; place < 2; ++place) {
+      mbarrier_init(posted(place), 1);
+      mbarrier_init(taken(place), kConsumerWarps + kInspectors);
+    }
+    mbarrier_init(own_full(), 1);
+    mbarrier_init(own_empty(), kConsumerWarps);
+    for (int stage = 0; stage < kStages; ++stage) {
+      mbarrier_init(full(stage), 1);
+      mbarrier_init(inspected(stage), kInspectors);
+      mbarrier_init(empty(stage), kConsumerWarps + kInspectors);
+    }
+    mbarrier_init_fence();
+  }
+};
+
+template <class Layout, class Place>
+__device__ void load_queries(const AttentionParams& p, const KeysWork& w, Layout shared, Place& place,
+                             const TensorMap* q_map, const TensorMap* grad_out_map) {
   const int sequence = p.first_q ? 0 : static_cast<int>(w.sequence.index);
-  const int first_k = static_cast<int>(w.sequence.first_k) + w.first, first_q = static_cast<int>(w.sequence.first_q);
-  mbarrier_arrive_expect(shared.own(), 2 * Layout::Own::kBytes);
-  shared.keys().load(k_map, shared.own(), first_k, w.kv_head, sequence);
-  shared.values().load(v_map, shared.own(), first_k, w.kv_head, sequence);
-  RingPlace<Layout::kStages> place;
+  const int first_q = static_cast<int>(w.sequence.first_q), tiles = w.end_tile - w.first_tile;
+  const int first_head = w.kv_head * w.group, end_head = first_head + w.group;
 #pragma unroll 1
-  for (int member = 0; member < w.group; ++member) {
-    const int head = w.kv_head * w.group + member;
+  for (int head = first_head; head < end_head; ++head) {
     const QueryStatistics* const statistics = slots_of(p, head, w.sequence);
 #pragma unroll 1
-    for (int tile = w.first_tile; tile < w.end_tile; ++tile, place.advance()) {
-      const int stage = place.stage, first = tile * Layout::kQueries;
+    for (int i = 0; i < tiles; ++i, place.advance()) {
+      const int stage = place.stage, first = w.tile(shared, i) * Layout::kQueries;
       mbarrier_wait(shared.empty(stage), place.parity ^ 1);
       mbarrier_arrive_expect(shared.full(stage), Layout::kStageBytes);
       shared.queries(stage).load(q_map, shared.full(stage), first_q + first, head, sequence);
@@ -118,34 +143,35 @@ __device__ void produce_queries(const AttentionParams& p, const KeysWork& w, Lay
   }
 }
 
+template <class Layout>
+__device__ void load_own(const AttentionParams& p, const KeysWork& w, Layout shared, uint32_t barrier,
+                         const TensorMap* k_map, const TensorMap* v_map) {
+  const int sequence = p.first_q ? 0 : static_cast<int>(w.sequence.index);
+  const int first = static_cast<int>(w.sequence.first_k) + w.first;
+  mbarrier_arrive_expect(barrier, 2 * Layout::Own::kBytes);
+  shared.keys().load(k_map, barrier, first, w.kv_head, sequence);
+  shared.values().load(v_map, barrier, first, w.kv_head, sequence);
+}
+
 // Rows that pass no gradient become zeros: whatever they hold must not meet a weight of 0.
 template <class Layout>
-__device__ void inspect_queries(const KeysWork& w, Layout shared, const char* bytes, int inspector) {
+__device__ void clear_absent_queries(Layout shared, int stage, int inspector) {
   constexpr int kRowChunks = Layout::kD / kChunk;
-  RingPlace<Layout::kStages> place;
-  const int steps = (w.end_tile - w.first_tile) * w.group;
+  const auto* const statistics =
+      reinterpret_cast<const QueryStatistics*>(shared.bytes + (shared.statistics(stage) - shared.base));
 #pragma unroll 1
-  for (int step = 0; step < steps; ++step, place.advance()) {
-    const int stage = place.stage;
-    mbarrier_wait(shared.full(stage), place.parity);
-    const auto* const statistics =
-        reinterpret_cast<const QueryStatistics*>(bytes + (shared.statistics(stage) - shared.base));
-#pragma unroll 1
-    for (int row = inspector; row < Layout::kQueries; row += Layout::kInspectors)
-      if (statistics[row].lse == infinity() && lane() < 2 * kRowChunks) {
-        const auto tile = lane() < kRowChunks ? shared.queries(stage) : shared.grad_out(stage);
-        store_shared(tile.chunk(row, lane() % kRowChunks), Bytes16{{0, 0, 0, 0}});
-      }
-    fence_async_proxy();
-    __syncwarp();
-    if (lane() == 0) mbarrier_arrive(shared.inspected(stage));
-  }
+  for (int row = inspector; row < Layout::kQueries; row += Layout::kInspectors)
+    if (statistics[row].lse == infinity() && lane() < 2 * kRowChunks) {
+      const auto tile = lane() < kRowChunks ? shared.queries(stage) : shared.grad_out(stage);
+      store_shared(tile.chunk(row, lane() % kRowChunks), Bytes16{{0, 0, 0, 0}});
+    }
+  fence_async_proxy();
 }
 
 // Scores to weights, and weights and products to gradients of scores; columns are queries, and with kHides those
 // outside a row's range get zeros. `factor`: of a row's products. `kept`: the weights, or with kCapped
-// tanh(score / cap). Registers of products are only read: ptxas serialises products whose accumulators other instructions
-// write while some are under way.
+// tanh(score / cap). Registers of products are only read: ptxas serialises products whose accumulators other
+// instructions write while some are under way.
 template <class Layout, bool kCapped, bool kHides>
 __device__ __forceinline__ void weights_of_scores(const float (&scores)[Layout::kQueries / 2],
                                                   float (&kept)[Layout::kQueries / 2], uint32_t statistics,
@@ -196,106 +222,176 @@ __device__ __forceinline__ void gradients_of_scores(const float (&kept)[Layout::
   }
 }
 
+// ---- roles ----------------------------------------------------------------------------------------------------------
+
+template <class Layout>
+__device__ void produce_queries(const AttentionParams& p, Layout shared, int* counter, int tiles,
+                                const TensorMap* k_map, const TensorMap* v_map, const TensorMap* q_map,
+                                const TensorMap* grad_out_map) {
+  const int total = tiles * static_cast<int>(p.Hkv * (p.first_q ? 1 : p.B));
+  Tickets tickets(counter, total);
+  RingPlace<Layout::kStages> place;
+  RingPlace<2> post;
+  int own_parity = 1;
+  for (bool none = false; !none;) {
+    const int ticket = tickets.take();
+    none = ticket >= total;
+    const KeysWork w = KeysWork::of(p, shared, none ? 0 : ticket, tiles);
+    if (!none && w.nothing()) continue;
+    mbarrier_wait(shared.taken(post.stage), post.parity ^ 1);
+    shared.work(post.stage) = w;
+    shared.work(post.stage).none = none;
+    mbarrier_arrive(shared.posted(post.stage));
+    post.advance();
+    if (none || w.steps() == 0) continue;
+    mbarrier_wait(shared.own_empty(), own_parity);
+    own_parity ^= 1;
+    load_own(p, w, shared, shared.own_full(), k_map, v_map);
+    load_queries(p, w, shared, place, q_map, grad_out_map);
+  }
+}
+
+template <class Layout>
+__device__ void inspect_queries(Layout shared, int inspector) {
+  RingPlace<Layout::kStages> place;
+  for (RingPlace<2> post;; post.advance()) {
+    mbarrier_wait(shared.posted(post.stage), post.parity);
+    const bool none = shared.work(post.stage).none, inspects = shared.work(post.stage).inspects;
+    const int steps = shared.work(post.stage).steps();
+    __syncwarp();
+    if (lane() == 0) mbarrier_arrive(shared.taken(post.stage));
+    if (none) return;
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step, place.advance()) {
+      mbarrier_wait(shared.full(place.stage), place.parity);
+      if (inspects) clear_absent_queries(shared, place.stage, inspector);
+      __syncwarp();
+      if (lane() == 0) {
+        if (inspects) mbarrier_arrive(shared.inspected(place.stage));
+        mbarrier_arrive(shared.empty(place.stage));
+      }
+    }
+  }
+}
+
 template <class T, bool kCapped, class Layout>
-__device__ __forceinline__ void consume_queries(const AttentionBackwardParams& p, const KeysWork& w, Layout shared) {
+__device__ __forceinline__ void consume_queries(const AttentionBackwardParams& p, Layout shared) {
   constexpr int kD = Layout::kD, kQueries = Layout::kQueries;
   const int first_row = uniform(thread() / kWarpgroup) * 64, my_row = warp() * 16;  // of the block's
   const int my_column = lane() % 4 * 2;
-  const int first_tile = uniform(w.first_tile), end_tile = uniform(w.end_tile);
-  const int steps = (end_tile - first_tile) * uniform(w.group);
-  const Span full = {uniform(w.full.begin), uniform(w.full.end)};
-  const uint32_t ready = w.inspects ? shared.inspected(0) : shared.full(0);
   const ScoreScale scale(p);
-  Span mine[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) mine[half] = w.band(p).keys_of(w.first + my_row + lane() / 4 + 8 * half);
-
   const float factor[2] = {scale.product, scale.product};
-  float grad_k[kD / 2], grad_v[kD / 2];
-  RingPlace<Layout::kStages> place;
-  int previous = -1;  // stage of the step before
-  int tile = first_tile;
-  if (steps > 0) mbarrier_wait(shared.own(), 0);
+  CountedPlace<Layout::kStages> place;
+  uint32_t own_parity = 0, inspected_parity = 0;  // the latter a bit a stage
 #pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
-    const int stage = place.stage, first = tile * kQueries;
-    const auto queries = shared.queries(stage), grad_out = shared.grad_out(stage);
-    const uint32_t statistics = shared.statistics(stage) + my_column * static_cast<int>(sizeof(QueryStatistics));
-    const Span visible[2] = {{mine[0].begin - first - my_column, mine[0].end - first - my_column},
-                             {mine[1].begin - first - my_column, mine[1].end - first - my_column}};
-    float scores[kQueries / 2], products[kQueries / 2], kept[kQueries / 2];
-    uint32_t weights[kQueries / 16][4], gradients[kQueries / 16][4];
-    mbarrier_wait(shared.full(stage), place.parity);
-    mbarrier_wait(ready + 8 * stage, place.parity);
-    warpgroup_fence();
-    start_dots<T>(scores, shared.keys(), first_row, queries);
-    warpgroup_commit();
-    warpgroup_wait<1>();  // the sums of the step before: only now there are registers for the products
-    if (!Layout::kDrains && lane() == 0 && previous >= 0) mbarrier_arrive(shared.empty(previous));
-    start_dots<T>(products, shared.values(), first_row, grad_out);
-    warpgroup_commit();
-    warpgroup_wait<1>();  // scores
-    if (first < full.begin || first + kQueries > full.end) {
-      weights_of_scores<Layout, kCapped, true>(scores, kept, statistics, factor, scale, visible);
-      warpgroup_wait<0>();
-      gradients_of_scores<T, Layout, kCapped, true>(kept, products, statistics, scale, visible, weights, gradients);
-    } else {
-      weights_of_scores<Layout, kCapped, false>(scores, kept, statistics, factor, scale, visible);
-      warpgroup_wait<0>();
-      gradients_of_scores<T, Layout, kCapped, false>(kept, products, statistics, scale, visible, weights,
-                                                     gradients);
+  for (CountedPlace<2> post;; post.advance()) {
+    mbarrier_wait(shared.posted(post.stage()), post.parity());
+    const KeysWork& w = shared.work(post.stage());
+    if (uniform(w.none)) return;
+    const int steps = uniform(w.steps());
+    const bool inspects = uniform(w.inspects);
+    const Span full = {uniform(w.full.begin), uniform(w.full.end)};
+    Span mine[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      mine[half] = w.band(p).keys_of(w.first + my_row + lane() / 4 + 8 * half);
+      mine[half].begin -= my_column, mine[half].end -= my_column;
     }
-    warpgroup_fence();
-    start_weighted_sum<T>(grad_v, weights, grad_out, step > 0);
-    start_weighted_sum<T>(grad_k, gradients, queries, step > 0);
-    warpgroup_commit();
-    if (Layout::kDrains) {
-      warpgroup_wait<0>();
-      if (lane() == 0) mbarrier_arrive(shared.empty(stage));
-    }
-    previous = stage;
-    place.advance();
-    if (++tile == end_tile) tile = first_tile;
-  }
-  warpgroup_wait<0>();
-  if (steps == 0) {
-    clear(grad_k);
-    clear(grad_v);
-  }
 
-  const int rows = w.sequence.Tk - w.first - my_row;
-  const int64_t sequence = w.sequence.index, token = w.sequence.first_k + w.first + my_row;
-  const float one[2] = {1.0f, 1.0f}, scales[2] = {p.scale, p.scale};
-  store_tile_rows<T>(shared.keys(), my_row, grad_k, scales, row_of<T>(p.grad_k, sequence, w.kv_head, token),
-                     p.grad_k.token_stride, rows, static_cast<int>(p.D));
-  store_tile_rows<T>(shared.values(), my_row, grad_v, one, row_of<T>(p.grad_v, sequence, w.kv_head, token),
-                     p.grad_v.token_stride, rows, static_cast<int>(p.Dv));
+    float grad_k[kD / 2], grad_v[kD / 2];
+    int previous = -1;  // stage of the step before
+    int first = uniform(w.first_tile) * kQueries;
+    if (steps > 0) {
+      mbarrier_wait(shared.own_full(), own_parity);
+      own_parity ^= 1;
+    }
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      const int stage = place.stage();
+      const auto queries = shared.queries(stage), grad_out = shared.grad_out(stage);
+      const uint32_t statistics = shared.statistics(stage) + my_column * static_cast<int>(sizeof(QueryStatistics));
+      const Span visible[2] = {{mine[0].begin - first, mine[0].end - first},
+                               {mine[1].begin - first, mine[1].end - first}};
+      float scores[kQueries / 2], products[kQueries / 2], kept[kQueries / 2];
+      uint32_t weights[kQueries / 16][4], gradients[kQueries / 16][4];
+      mbarrier_wait(shared.full(stage), place.parity());
+      if (inspects) {
+        mbarrier_wait(shared.inspected(stage), inspected_parity >> stage & 1);
+        inspected_parity ^= 1u << stage;
+      }
+      warpgroup_fence();
+      start_dots<T>(scores, shared.keys(), first_row, queries);
+      warpgroup_commit();
+      warpgroup_wait<1>();  // the sums of the step before: only now there are registers for the products
+      if (!Layout::kDrains && lane() == 0 && previous >= 0) mbarrier_arrive(shared.empty(previous));
+      start_dots<T>(products, shared.values(), first_row, grad_out);
+      warpgroup_commit();
+      warpgroup_wait<1>();  // scores
+      if (first < full.begin || first + kQueries > full.end) {
+        weights_of_scores<Layout, kCapped, true>(scores, kept, statistics, factor, scale, visible);
+        warpgroup_wait<0>();
+        gradients_of_scores<T, Layout, kCapped, true>(kept, products, statistics, scale, visible, weights, gradients);
+      } else {
+        weights_of_scores<Layout, kCapped, false>(scores, kept, statistics, factor, scale, visible);
+        warpgroup_wait<0>();
+        gradients_of_scores<T, Layout, kCapped, false>(kept, products, statistics, scale, visible, weights,
+                                                       gradients);
+      }
+      warpgroup_fence();
+      start_weighted_sum<T>(grad_v, weights, grad_out, step > 0);
+      start_weighted_sum<T>(grad_k, gradients, queries, step > 0);
+      warpgroup_commit();
+      if (Layout::kDrains) {
+        warpgroup_wait<0>();
+        if (lane() == 0) mbarrier_arrive(shared.empty(stage));
+      }
+      previous = stage;
+      place.advance();
+      first += kQueries;
+      if (first == w.end_tile * kQueries) first = w.first_tile * kQueries;
+    }
+    warpgroup_wait<0>();
+    if (steps > 0 && lane() == 0) {
+      if (!Layout::kDrains) mbarrier_arrive(shared.empty(previous));
+      mbarrier_arrive(shared.own_empty());
+    }
+    if (steps == 0) {
+      clear(grad_k);
+      clear(grad_v);
+    }
+
+    const int rows = w.sequence.Tk - w.first - my_row;
+    const int64_t sequence = w.sequence.index, token = w.sequence.first_k + w.first + my_row;
+    const float one[2] = {1.0f, 1.0f}, scales[2] = {p.scale, p.scale};
+    store_tile_rows<T>(shared.finished(0), my_row, grad_k, scales, row_of<T>(p.grad_k, sequence, w.kv_head, token),
+                       p.grad_k.token_stride, rows, static_cast<int>(p.D));
+    store_tile_rows<T>(shared.finished(1), my_row, grad_v, one, row_of<T>(p.grad_v, sequence, w.kv_head, token),
+                       p.grad_v.token_stride, rows, static_cast<int>(p.Dv));
+    __syncwarp();
+    if (lane() == 0) mbarrier_arrive(shared.taken(post.stage()));
+  }
 }
 
+// `counter`: of work, for blocks that take one tile after another; without, a block takes the one of its index.
 template <class T, class Layout, bool kCapped>
 __global__ void __launch_bounds__(kHopperThreads, 1)
     attention_grad_kv_kernel(const AttentionBackwardParams p, const __grid_constant__ TensorMap k_map,
                              const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap q_map,
-                             const __grid_constant__ TensorMap grad_out_map) {
+                             const __grid_constant__ TensorMap grad_out_map, const int tiles, const bool counted) {
   char* const bytes = dynamic_shared<char>();
   const uint32_t skip = -shared_address(bytes) % kSharedAlignment;
-  const Layout shared{shared_address(bytes) + skip};
-  KeysWork& work = *reinterpret_cast<KeysWork*>(bytes + skip + Layout::kWorkAt);
-  static_assert(sizeof(KeysWork) <= Layout::kWorkBytes);
-  if (thread() == 0) {
-    work = KeysWork::of(p, shared);
-    shared.initialise_barriers();
-  }
+  const Layout shared{bytes + skip, shared_address(bytes) + skip};
+  if (thread() == 0) shared.initialise_barriers();
   __syncthreads();
-  if (work.nothing()) return;
   if (thread() >= kConsumers * kWarpgroup) {
     registers_shrink<kProducerRegisters>();
     const int worker = warp() - kConsumers * 4;
-    if (worker == 0 && lane() == 0) produce_queries(p, work, shared, &k_map, &v_map, &q_map, &grad_out_map);
-    if (worker > 0 && work.inspects) inspect_queries(work, shared, bytes + skip, worker - 1);
+    if (worker > 0) inspect_queries(shared, worker - 1);
+    else if (lane() == 0)
+      produce_queries(p, shared, counted ? counters_of(p) : nullptr, tiles, &k_map, &v_map, &q_map, &grad_out_map);
   } else {
     registers_grow<kConsumerRegisters>();
-    consume_queries<T, kCapped>(p, work, shared);
+    consume_queries<T, kCapped>(p, shared);
   }
 }
 

@@ -1,7 +1,7 @@
-// The vector half of the AMX backward: a square of 32 keys x 32 query rows, from the products S^T and dP^T to the
+// The vector half of the backward in bf16 blocks: a square of 32 keys x 32 query rows, from the products S^T and dP^T to the
 // weights P^T = 2^(S^T - lse) and dS^T = P^T * (dP^T - delta) (* 1 - tanh^2), as bf16 operand blocks.
 #pragma once
-#include "attention/product_amx.h"
+#include "attention/product_bf16.h"
 
 namespace llmfast::LLMFAST_TARGET {
 namespace {

@@ -1,12 +1,12 @@
-// What attention's AMX kernels share: products of 32 x 32 blocks with vector work run in between, rows brought into
-// operand blocks, and P^T or dS^T, 32 queries a row in two registers, rounded into operand blocks.
+// What attention's bf16 kernels share beside products of 32 x 32 blocks: rows brought into operand blocks, and P^T or dS^T,
+// 32 queries a row in two registers, rounded into operand blocks.
 //
-// Block layouts, 32 x 32 each: bf16 operands as simd/tile_amx.h says (two tiles of 16 rows, or in VNNI form of 16
+// Block layouts, 32 x 32 each: bf16 operands as simd/bf16_blocks.h says (two tiles of 16 rows, or in VNNI form of 16
 // columns); float32 results as rows of 32 floats, so a score block is [key][kWidth] as mask.h and softmax.h want it.
 #pragma once
+#include "attention/multiply_blocks.h"
 #include "attention/operands.h"
 #include "attention/softmax.h"
-#include "simd/tile_amx.h"
 
 namespace llmfast::LLMFAST_TARGET {
 namespace {
@@ -17,57 +17,6 @@ constexpr int64_t blocks_of(int64_t count) { return (count + kBlock - 1) / kBloc
 
 // The smallest range of whole blocks around `keys`.
 inline KeyRange whole_blocks(KeyRange keys) { return {keys.begin / kBlock * kBlock, blocks_of(keys.end) * kBlock}; }
-
-// ---- products ------------------------------------------------------------------------------------------------------
-
-enum class Sum { fresh, continued };
-
-// Vector work that is cut into units and done between tile products: step(n) does the next n units, or what is left.
-struct NoWork {
-  void step(int64_t) {}
-};
-
-// A sequence of operand blocks, `step` elements apart.
-struct Blocks {
-  const bf16* first;
-  int64_t step;
-};
-
-// c = (c +) sum over i < depth of a[i] b[i]: four products of 16 cycles each from four loads, then `share` units of
-// work.
-template <Sum kSum, class Work>
-inline __attribute__((always_inline)) void multiply_blocks(float* c, Blocks a, Blocks b, int64_t depth, Work& work,
-                                                           int64_t share) {
-  constexpr int64_t kStride = kBlock * int64_t{sizeof(float)};
-  constexpr int64_t kLower = kTileRows * kBlock;
-  if constexpr (kSum == Sum::fresh) {
-    tile_zero<0>();
-    tile_zero<1>();
-    tile_zero<2>();
-    tile_zero<3>();
-  } else {
-    tile_load<0>(c, kStride);
-    tile_load<1>(c + kTileRows, kStride);
-    tile_load<2>(c + kLower, kStride);
-    tile_load<3>(c + kLower + kTileRows, kStride);
-  }
-  for (int64_t i = 0; i < depth; ++i) {
-    const bf16 *a_block = a.first + i * a.step, *b_block = b.first + i * b.step;
-    tile_load<4>(a_block, kTileRowBytes);
-    tile_load<6>(b_block, kTileRowBytes);
-    tile_dot<0, 4, 6>();
-    tile_load<7>(b_block + kTileElements, kTileRowBytes);
-    tile_dot<1, 4, 7>();
-    tile_load<5>(a_block + kTileElements, kTileRowBytes);
-    tile_dot<2, 5, 6>();
-    tile_dot<3, 5, 7>();
-    work.step(share);
-  }
-  tile_store<0>(c, kStride);
-  tile_store<1>(c + kTileRows, kStride);
-  tile_store<2>(c + kLower, kStride);
-  tile_store<3>(c + kLower + kTileRows, kStride);
-}
 
 // ---- operands ------------------------------------------------------------------------------------------------------
 

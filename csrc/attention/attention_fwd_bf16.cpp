@@ -1,4 +1,4 @@
-// Masked attention, forward, on AMX tiles, bf16; see attention.h for the formula.
+// Masked attention, forward, in bf16 blocks, for AMX and AVX512_BF16; see attention.h for the formula.
 //
 // A thread owns an item: up to kItemRows query rows of one head group, in panels of kWidth rows, one row a lane.
 //   pack Q^T of all panels                                                       VNNI form, unscaled
@@ -9,14 +9,14 @@
 //       scale, softcap, mask, band; running maximum; P^T = 2^(S^T - maximum)     everything vertical: a lane is a query
 //       O^T[Dv][lanes] += V^T P^T                                                P^T in VNNI form, bf16
 //   out = O^T / sum, transposed back; lse
-// The steps of a segment run as a pipeline: while one step's scores are exponentiated, which is vector work, the tile
+// The steps of a segment run as a pipeline: while one step's scores are exponentiated, which is vector work, AMX's tile
 // unit does S^T of the next step and V^T P^T of the previous one. A lane's maximum is raised only where it would grow
 // by more than kSlack, so sums are rarely rescaled. A lane's result depends on no other lane, nor on the item's extent.
 //
 // Memory: S^T and P^T of two steps, a panel's Q^T and O^T stay in L1 (36 KiB at D = 64); a segment's K and V^T and the
 // item's panels in L2. Nothing grows with Tq or Tk.
-// Limits: bf16; head dims up to 256 (kMostTileHeadDim), padded to multiples of 32 with zeros.
-#include "attention/product_amx.h"
+// Limits: bf16; head dims up to 256 (kMostBlockHeadDim), padded to multiples of 32 with zeros.
+#include "attention/product_bf16.h"
 #include "attention/schedule.h"
 #include "core/workspace.h"
 
@@ -327,7 +327,8 @@ void attention_forward(const AttentionParams& p) {
     return (HeadGroup(p, s, 0).rows + item_rows - 1) / item_rows;
   });
   for_each_item(items.count(), threads, [&](int64_t index) {
-    const TileConfig tiles;
+    const BlockState state;
+    (void)state;
     const Item item = items[index];
     const HeadGroup group(p, item.sequence, item.kv_head);
     // The last rows of a causal group see the most keys: they go first.

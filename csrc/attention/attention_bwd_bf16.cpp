@@ -1,4 +1,4 @@
-// Masked attention, backward, on AMX tiles, bf16; see attention.h for the formula.
+// Masked attention, backward, in bf16 blocks, for AMX and AVX512_BF16; see attention.h for the formula.
 //
 // A thread owns an item: a part of one head group's query rows, in chunks of whole blocks of kRows rows, against all
 // the group's keys. Chunks are dealt out back and forth, so that the parts of a causal group weigh the same.
@@ -13,14 +13,14 @@
 //         grad_q^T[D][lanes] += K^T dS^T
 //     grad_q of the chunk: scaled, transposed back, stored
 //   grad_k and grad_v: scaled and stored by the item, or, if the group has several, added up part by part afterwards
-// The squares of a tile run as a pipeline: while one's P^T and dS^T are computed, which is vector work, the tile unit
+// The squares of a tile run as a pipeline: while one's P^T and dS^T are computed, which is vector work, AMX's tile unit
 // does S^T and dP^T of the next square and a share of the sums of the previous block. The order of all sums depends on
 // the number of threads alone.
 //
 // Memory: a tile's operands and sums and two blocks' P^T and dS^T stay in L1 or close; a chunk's operands and its
 // grad_q (12 bytes a row and dim) in L2; an item sums Tk x (D + Dv) floats.
-// Limits: bf16; head dims up to 256 (kMostTileHeadDim), padded to multiples of 32 with zeros.
-#include "attention/differentiation_amx.h"
+// Limits: bf16; head dims up to 256 (kMostBlockHeadDim), padded to multiples of 32 with zeros.
+#include "attention/differentiation_bf16.h"
 #include "attention/key_gradients.h"
 #include "core/workspace.h"
 
@@ -70,7 +70,7 @@ class PendingSums {
     int64_t depth;
   };
   int64_t next_ = 0, count_ = 0;
-  Product products_[(2 * kKeyBlocks + kPanels) * blocks_of(kMostTileHeadDim)];
+  Product products_[(2 * kKeyBlocks + kPanels) * blocks_of(kMostBlockHeadDim)];
 };
 
 struct Square {
@@ -344,7 +344,8 @@ void attention_backward(const AttentionBackwardParams& p) {
   differentiate_groups<KeyGradients>(
       p, 1 << 19, kRows, kKeys,
       [&](const HeadGroup& g, float* sums, const Item& item) {
-        const TileConfig tiles;
+        const BlockState state;
+        (void)state;
         const int64_t chunk_rows = rows_of_chunk(p, g.rows, item.chunks);
         BackwardItem(g, p, KeyGradients(sums, g.Tk, p.D), chunk_rows).run(item.chunk, item.chunks);
       },
