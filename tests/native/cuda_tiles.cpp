@@ -8,7 +8,9 @@
 #include <tuple>
 #include <vector>
 
+#include "attention/cuda/forward_order.h"
 #include "attention/cuda/one_pass.h"
+#include "attention/cuda/tiles.h"
 #include "gemm/cuda/hopper_schedule.h"
 #include "gemm/cuda/schedule.h"
 #include "gemm/cuda/shared_tile.h"
@@ -265,6 +267,32 @@ void check_wrong_offsets() {
   }
 }
 
+// Each tile of each head once, blocks' shares too; with a causal mask no block does much more than the mean.
+void check_forward_order(int64_t units, int64_t group, int64_t tiles, bool differ, int blocks) {
+  const int sections = forward_sections(units, group, tiles, differ, blocks);
+  CHECK(sections >= 1 && sections <= units);
+  const ForwardOrder order{static_cast<int>(units), static_cast<int>(group), static_cast<int>(tiles), sections};
+  CHECK(order.count() == units * group * tiles);
+  std::set<std::tuple<int, int, int>> seen;
+  std::vector<int64_t> sums(blocks, 0);
+  int64_t sum = 0;
+  for (int round = 0; round * blocks < order.count(); ++round)
+    for (int block = 0; block < blocks; ++block) {
+      const int index = ForwardOrder::share(round, block, blocks);
+      CHECK(index >= round * blocks && index < (round + 1) * blocks);
+      if (index >= order.count()) continue;
+      const ForwardOrder::Piece piece = order.at(index);
+      CHECK(piece.unit >= 0 && piece.unit < units && piece.head >= 0 && piece.head < group);
+      CHECK(piece.tile >= 0 && piece.tile < tiles && seen.insert({piece.unit, piece.head, piece.tile}).second);
+      sums[block] += piece.tile + 1;
+      sum += piece.tile + 1;
+    }
+  CHECK(static_cast<int>(seen.size()) == order.count());
+  CHECK(order.count() == 0 || order.at(order.count() - 1).tile == 0);
+  if (!differ || order.count() < 8 * blocks) return;
+  for (const int64_t s : sums) CHECK(s * blocks <= sum + sum / 20 + blocks * (tiles / 16 + 1));
+}
+
 int main() {
   check_swizzle<32>();
   check_swizzle<64>();
@@ -297,4 +325,9 @@ int main() {
   }
   CHECK(dense.size() == 15 && token_tile(0, 3, 70, nullptr, 16).first == 64);
   check_wrong_offsets();
+  for (const int64_t units : {1, 3, 8, 30, 64})
+    for (const int64_t group : {1, 3, 4})
+      for (const int64_t tiles : {1, 5, 32, 128})
+        for (const bool differ : {false, true})
+          for (const int blocks : {1, 7, 132}) check_forward_order(units, group, tiles, differ, blocks);
 }
