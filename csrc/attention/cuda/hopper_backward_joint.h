@@ -35,7 +35,7 @@ struct JointLayout {
   static constexpr int kSharesAt = kScoresAt + 2 * Scores::kBytes;
   static constexpr int kStatisticsAt = kSharesAt + kConsumers * kShareBytes;
   static constexpr int kPoisonAt = kStatisticsAt + kStages * kStatisticsBytes;
-  static constexpr int kBarriersAt = kPoisonAt + kOwnRows * 4, kBarriers = 10 + 3 * kStages;
+  static constexpr int kBarriersAt = kPoisonAt + kOwnRows * 4, kBarriers = 9 + 3 * kStages;
   static constexpr int kWorkAt = kBarriersAt + 8 * (kBarriers + 1) / 16 * 16, kWorkBytes = 128;
   static constexpr int kBytes = kWorkAt + kWorkBytes + kSharedAlignment;
   static_assert(kBytes <= 232448 && kSlotRows % kQueries == 0);
@@ -52,18 +52,16 @@ struct JointLayout {
   __device__ uint32_t poison() const { return base + kPoisonAt; }
   __device__ uint32_t barrier(int i) const { return base + kBarriersAt + 8 * i; }
   __device__ uint32_t own() const { return barrier(0); }
-  __device__ uint32_t own_inspected() const { return barrier(1); }
-  __device__ uint32_t scores_full(int buffer) const { return barrier(2 + buffer); }
-  __device__ uint32_t scores_empty(int buffer) const { return barrier(4 + buffer); }
-  __device__ uint32_t share_full(int warpgroup) const { return barrier(6 + warpgroup); }
-  __device__ uint32_t share_empty(int warpgroup) const { return barrier(8 + warpgroup); }
-  __device__ uint32_t full(int stage) const { return barrier(10 + stage); }
-  __device__ uint32_t inspected(int stage) const { return barrier(10 + kStages + stage); }
-  __device__ uint32_t empty(int stage) const { return barrier(10 + 2 * kStages + stage); }
+  __device__ uint32_t scores_full(int buffer) const { return barrier(1 + buffer); }
+  __device__ uint32_t scores_empty(int buffer) const { return barrier(3 + buffer); }
+  __device__ uint32_t share_full(int warpgroup) const { return barrier(5 + warpgroup); }
+  __device__ uint32_t share_empty(int warpgroup) const { return barrier(7 + warpgroup); }
+  __device__ uint32_t full(int stage) const { return barrier(9 + stage); }
+  __device__ uint32_t inspected(int stage) const { return barrier(9 + kStages + stage); }
+  __device__ uint32_t empty(int stage) const { return barrier(9 + 2 * kStages + stage); }
 
   __device__ void initialise_barriers() const {
     mbarrier_init(own(), 1);
-    mbarrier_init(own_inspected(), kInspectors);
     for (int i = 0; i < 2; ++i) {
       mbarrier_init(scores_full(i), kConsumerWarps);
       mbarrier_init(scores_empty(i), kConsumerWarps);
@@ -98,22 +96,21 @@ inline int64_t query_sums_floats(int64_t B, int64_t Hq, int64_t Tq, bool packed,
 }
 
 // Own keys that hold NaN or infinity become zeros, so that they do not spoil the sums of queries that do not see them.
+// Each consumer warp looks at its own sixteen, of which it then knows: no need to wait for one warp that looks at all.
 template <class T, class Layout>
-__device__ void inspect_own_keys(Layout shared) {
+__device__ __forceinline__ void inspect_own_keys(Layout shared, int first_row) {
   constexpr int kRowChunks = Layout::kD / kChunk, kRowsAStep = kWarpSize / kRowChunks;
   const int my_row = lane() / kRowChunks, my_chunk = lane() % kRowChunks;
-  mbarrier_wait(shared.own(), 0);
-#pragma unroll 2
-  for (int i = 0; i < kOwnRows; i += kRowsAStep) {
-    const uint32_t at = shared.keys().chunk(i + my_row, my_chunk);
+#pragma unroll
+  for (int i = 0; i < 16; i += kRowsAStep) {
+    const uint32_t at = shared.keys().chunk(first_row + i + my_row, my_chunk);
     const uint32_t bad = __ballot_sync(kAllLanes, not_finite<T>(load_shared(at)));
     const bool spoilt = (bad >> (my_row * kRowChunks) & ((1u << kRowChunks) - 1)) != 0;
     if (spoilt) store_shared(at, Bytes16{{0, 0, 0, 0}});
-    if (my_chunk == 0) store_shared(shared.poison() + 4 * (i + my_row), spoilt ? 0x7fc00000u : 0u);
+    if (my_chunk == 0) store_shared(shared.poison() + 4 * (first_row + i + my_row), spoilt ? 0x7fc00000u : 0u);
   }
   fence_async_proxy();
-  __syncwarp();
-  if (lane() == 0) mbarrier_arrive(shared.own_inspected());
+  barrier_sync(1, kConsumers * kWarpgroup);  // products of both warpgroups read all keys
 }
 
 // Adds a warpgroup's shares to the sums in memory.
@@ -177,7 +174,7 @@ __device__ __forceinline__ void consume_jointly(const AttentionBackwardParams& p
   int first = first_tile * kQueries, left = tiles;  // query, and tiles of this head
   if (steps > 0) {
     mbarrier_wait(shared.own(), 0);
-    mbarrier_wait(shared.own_inspected(), 0);
+    inspect_own_keys<T>(shared, my_row);
   }
   float factor[2];  // NaN for a spoilt key: its scores are NaN
 #pragma unroll
@@ -299,8 +296,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
       RingPlace<Layout::kStages> place;
       load_queries(p, work, shared, place, &q_map, &grad_out_map);
     }
-    if (worker == 1 && work.steps() > 0) {
-      inspect_own_keys<T>(shared);
+    if (worker == 1) {
       RingPlace<Layout::kStages> place;
       for (int step = 0; step < work.steps() && work.inspects; ++step, place.advance()) {
         mbarrier_wait(shared.full(place.stage), place.parity);
