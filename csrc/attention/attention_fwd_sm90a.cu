@@ -10,7 +10,8 @@
 //   out = O / sum through shared memory, stored by the copy engine while the next tile begins; lse
 // The consumers take turns in issuing products, so that one's softmax also runs under another's products.
 // Only the tiles at the ends of a row's band may hide something: they alone pay for masks and for the search for NaN.
-// A boolean mask of keys (padding) narrows the band, and holes in it count as such ends.
+// A boolean mask of keys (padding) narrows the band, and holes in it count as such ends. With any other mask all tiles
+// do; those that a boolean one hides from all rows of a warpgroup are passed by.
 //
 // Heads of any size up to 256 are padded with zeros by the copy engine. What it cannot address (a start or stride that
 // is no multiple of 16 bytes) is for the portable kernel.

@@ -218,7 +218,7 @@ Masking masking_of(const AttentionParams& p) {
   if (is_of_keys(m)) return p.Tk <= Tile::kMaskKeys ? Masking::boolean : Masking::anything;
   const bool aligned = reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && m.query_stride % 16 == 0 &&
                        m.head_stride % 16 == 0 && m.sequence_stride % 16 == 0;
-  return m.key_stride == 1 && aligned ? Masking::boolean : Masking::anything;
+  return Tile::kRowMasks && m.key_stride == 1 && aligned ? Masking::boolean : Masking::anything;
 }
 
 // `sections` 0: as order_of() says.
