@@ -160,12 +160,24 @@ Variant planned() {
                                           StoreEpilogue<T>{static_cast<T*>(p.c), p.ldc}, p.workspace, kStream);
           }};
 }
+template <class T, class Tile, Major kA, Major kB>
+Variant cut_variant(const char* name) {
+  return {name, [](const Problem& p) {
+            const int64_t depth = part_depth(p.shape.K, 2), count = ceil_div(p.shape.K, depth);
+            launch_hopper_gemm<T, Tile, kA, kB>(p.operand_a(), p.operand_b(), p.shape, {count, depth},
+                                                PartEpilogue{p.workspace, p.shape.M, p.shape.N, 0}, kStream);
+            add_parts<HopperProduct>(p.workspace, p.shape, count, StoreEpilogue<T>{static_cast<T*>(p.c), p.ldc},
+                                     kStream);
+          }};
+}
 template <class T, Major kA, Major kB>
 std::vector<Variant> variants() {
   std::vector<Variant> list;
   list.push_back(planned<T, kA, kB>());
   list.push_back(tile_variant<T, HopperTile<128, 256, 4, false>, kA, kB>("128x256 s4 r16", 16));
   list.push_back(tile_variant<T, HopperTile<128, 128, 6, true>, kA, kB>("pp128x128 s6 r12", 12));
+  list.push_back(tile_variant<T, HopperTile<128, 192, 4, false>, kA, kB>("128x192 s4 r16", 16));
+  list.push_back(cut_variant<T, HopperMiddleTile, kA, kB>("128x192 in two parts"));
   if constexpr (kB == Major::k && std::is_same_v<T, bf16>) {
     list.push_back(tile_variant<T, HopperTile<128, 256, 4, false>, kA, kB>("128x256 s4 r8", 8));
     list.push_back(tile_variant<T, HopperTile<128, 256, 4, false>, kA, kB>("128x256 s4 r32", 32));
@@ -193,7 +205,7 @@ Problem make_problem(Major a, Major b, GemmShape shape) {
   p.a = random_matrix<T>(p.elements_a(), 1);
   p.b = random_matrix<T>(p.elements_b(), 2);
   p.c = allocate<T>(shape.M * p.ldc);
-  p.workspace = allocate<float>(std::max<int64_t>(1, hopper_parts_workspace(shape)));
+  p.workspace = allocate<float>(std::max(2 * shape.M * shape.N, hopper_parts_workspace(shape)));
   synchronize("inputs");
   return p;
 }
@@ -352,14 +364,14 @@ void time_shape(const NamedShape& named, const char* only) {
   const auto time_cublas = [&](const char* name) {
     if (!cublas.present()) return 0.0f;
     const float ms = median_milliseconds([&] { cublas(p, peer); }, 20);
-    std::printf("%-18s %8.4f ms %7.1f TFLOP/s\n", name, ms, rate(ms));
+    std::printf("%-20s %8.4f ms %7.1f TFLOP/s\n", name, ms, rate(ms));
     std::fflush(stdout);
     return ms;
   };
   const float cublas_ms = time_cublas("cuBLAS");
   for (const Variant& v : variants_of<bf16>(named.a, named.b)) {
     if (only && std::strcmp(only, v.name) != 0) continue;
-    std::printf("%-18s ", v.name);
+    std::printf("%-20s ", v.name);
     std::fflush(stdout);
     v.run(p);
     synchronize(v.name);

@@ -81,6 +81,11 @@ __device__ __forceinline__ Bytes16 load_shared(uint32_t from) {
                : "memory");
   return v;
 }
+__device__ __forceinline__ uint32_t load_shared_word(uint32_t from) {
+  uint32_t v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(from) : "memory");
+  return v;
+}
 __device__ __forceinline__ void store_shared(uint32_t to, Bytes16 v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]),
                "r"(v.word[3])
@@ -124,6 +129,9 @@ void store_streaming(void* to, T value) {
 }
 inline Bytes16 load_shared(uint32_t from) {
   return emulated::load<Bytes16>(emulated::shared_pointer(from, 16, "ld.shared.v4"));
+}
+inline uint32_t load_shared_word(uint32_t from) {
+  return emulated::load<uint32_t>(emulated::shared_pointer(from, 4, "ld.shared"));
 }
 template <class T>
 inline void store_shared(uint32_t to, T value) {

@@ -16,6 +16,8 @@
 namespace llmfast::cuda {
 namespace ffn {
 
+constexpr int64_t kSlopeRows = 64;  // of d_up, whose sums Hopper's epilogue writes
+
 // Rows of scratch start at whole chunks.
 inline int64_t row_elements(int64_t F) { return ceil_div(F, kChunk) * kChunk; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -40,10 +42,13 @@ struct BackwardScratch {
       : hidden(scratch.take<T>(M * row_elements(F))),
         d_up(scratch.take<T>(M * row_elements(F))),
         d_gate(gated ? scratch.take<T>(M * row_elements(F)) : nullptr),
-        partial_x(gated ? scratch.take<float>(M * C) : nullptr),
-        parts(scratch.take<float>(most(most(product_workspace({M, F, C}), product_workspace({C, F, M})),
-                                       most(most(product_workspace({F, C, M}), product_workspace({M, C, F})),
-                                            column_sums_workspace(M, most(C, F)))))) {}
+        partial_x(gated ? scratch.take<float>(M * C) : nullptr) {
+    const int64_t whole = gated ? 2 * ceil_div(F, kHopperDepth) * kHopperDepth : F;  // depth of grad_x: GatedGradients
+    int64_t floats = most(column_sums_workspace(M, most(C, F)), ceil_div(M, kSlopeRows) * F);
+    const GemmShape shapes[] = {{M, F, C}, {C, F, M}, {F, C, M}, {M, C, F}, {M, C, whole}};
+    for (const GemmShape& shape : shapes) floats = most(floats, product_workspace(shape));
+    parts = scratch.take<float>(floats);
+  }
 };
 
 // hidden = act(acc + bias), or act(gate) * (acc + bias); saved = acc + bias.
@@ -78,6 +83,7 @@ struct SlopeEpilogue {
   const T *up, *gate;  // saved; gate null: plain
   T *hidden, *d_up, *d_gate;
   int64_t ld_up, ld_gate, ld;
+  float* bias_sums = nullptr;  // for Hopper's epilogue alone
 
   template <int kLanes>
   __device__ void columns(const float (&acc)[8], int64_t m, int64_t n, int count) const {
@@ -101,6 +107,18 @@ struct SlopeEpilogue {
   }
 };
 
+// d_hidden and what its epilogue makes of it. True: bias_sums [ceil(M / kSlopeRows)][F], unless null, has sums of d_up's
+// rows.
+template <class Product>
+struct SlopeProduct {
+  template <class T>
+  static bool run(const Operand& grad, const Operand& down_weight, GemmShape shape, const SlopeEpilogue<T>& epilogue,
+                  float*, float* parts, const Stream& stream) {
+    Product::template run<T, Major::k, Major::mn>(grad, down_weight, shape, epilogue, parts, stream);
+    return false;
+  }
+};
+
 // hidden, and what is saved, of a gated ffn: `epilogue` reads the gate that the first product writes.
 template <class Product>
 struct GatedProducts {
@@ -110,6 +128,20 @@ struct GatedProducts {
     Product::template run<T, Major::k, Major::k>(x, gate_weight, shape, StoreEpilogue<T>{gate, epilogue.ld_gate}, parts,
                                                  stream);
     Product::template run<T, Major::k, Major::k>(x, up_weight, shape, epilogue, parts, stream);
+  }
+};
+
+// grad_x of a gated ffn, the sum of two products, by way of partial_x [M, C].
+template <class Product>
+struct GatedGradients {
+  template <class T>
+  static void run(const Operand& d_gate, const Operand& gate_weight, const Operand& d_up, const Operand& up_weight,
+                  GemmShape shape, StoreEpilogue<T> store, float* partial_x, float* parts, const Stream& stream) {
+    Product::template run<T, Major::k, Major::mn>(d_gate, gate_weight, shape,
+                                                  StoreEpilogue<T, float>{partial_x, shape.N}, parts, stream);
+    store.addend = partial_x;
+    store.ld_addend = shape.N;
+    Product::template run<T, Major::k, Major::mn>(d_up, up_weight, shape, store, parts, stream);
   }
 };
 
@@ -143,11 +175,13 @@ void backward(const FfnBackwardParams& p, const Stream& stream) {
   const BackwardScratch<T> scratch(carve, M, C, F, gated);
   const auto rows = [&](const T* data) { return Operand{data, ld, 1}; };
   const auto columns = [&](const T* data) { return Operand{data, 1, ld}; };
-  Product::template run<T, Major::k, Major::mn>(
+  const bool summed = SlopeProduct<Product>::template run<T>(
       operand(p.grad), operand_transposed(p.down_weight), {M, F, C},
       SlopeEpilogue<T>{p.activation, p.up.as<const T>(), p.gate.as<const T>(), scratch.hidden, scratch.d_up,
                        scratch.d_gate, p.up.stride[0], p.gate.stride[0], ld},
-      scratch.parts, stream);
+      p.grad_up_bias.defined ? scratch.parts : nullptr, scratch.parts, stream);
+  if (summed && p.grad_up_bias.defined)
+    add_column_parts<Product>(scratch.parts, ceil_div(M, kSlopeRows), F, p.grad_up_bias.as<T>(), stream);
 
   const auto weight_gradient = [&](const Operand& a, const Operand& b, GemmShape shape, const TensorView& out) {
     if (out.defined)
@@ -159,20 +193,18 @@ void backward(const FfnBackwardParams& p, const Stream& stream) {
   if (p.grad_down_bias.defined)
     column_sums<Product>(p.grad.as<const T>(), p.grad.stride[0], p.grad.stride[1], M, C, p.grad_down_bias.as<T>(),
                          scratch.parts, stream);
-  if (p.grad_up_bias.defined)
+  if (!summed && p.grad_up_bias.defined)
     column_sums<Product>(scratch.d_up, ld, 1, M, F, p.grad_up_bias.as<T>(), scratch.parts, stream);
   if (!p.grad_x.defined) return;
 
   const GemmShape shape{M, C, F};
-  StoreEpilogue<T> store = store_to<T>(p.grad_x);
-  if (gated) {
-    Product::template run<T, Major::k, Major::mn>(rows(scratch.d_gate), operand_transposed(p.gate_weight), shape,
-                                                  StoreEpilogue<T, float>{scratch.partial_x, C}, scratch.parts, stream);
-    store.addend = scratch.partial_x;
-    store.ld_addend = C;
-  }
-  Product::template run<T, Major::k, Major::mn>(rows(scratch.d_up), operand_transposed(p.up_weight), shape, store,
-                                                scratch.parts, stream);
+  const Operand up_weight = operand_transposed(p.up_weight);
+  const StoreEpilogue<T> store = store_to<T>(p.grad_x);
+  if (gated)
+    GatedGradients<Product>::run(rows(scratch.d_gate), operand_transposed(p.gate_weight), rows(scratch.d_up), up_weight,
+                                 shape, store, scratch.partial_x, scratch.parts, stream);
+  else
+    Product::template run<T, Major::k, Major::mn>(rows(scratch.d_up), up_weight, shape, store, scratch.parts, stream);
 }
 
 }  // namespace ffn

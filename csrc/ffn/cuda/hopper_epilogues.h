@@ -9,6 +9,7 @@ namespace llmfast::cuda {
 template <class T>
 struct HiddenBoxes {
   static constexpr int kSlabs = 2;
+  static constexpr bool kBias = true, kPingPong = true;
   TensorMap hidden, saved;
   const T* bias;  // or null
   int64_t N;
@@ -16,13 +17,13 @@ struct HiddenBoxes {
   bool saves;
 
   __device__ __forceinline__ void box(float (&x)[32], int m, int n, Slabs<kSlabs>& slabs) const {
-    if (bias) add_bias(x, bias, n, N);
-    if (saves) slabs.store<T>(&saved, x, m, n);
+    if (bias) slabs.template add_bias<T>(x, n);
+    if (saves) slabs.template store<T>(&saved, x, m, n);
     visit_activation(activation, [&](auto act) {
 #pragma unroll
       for (int i = 0; i < 32; ++i) x[i] = act.both_of(x[i]).value;
     });
-    slabs.store<T>(&hidden, x, m, n);
+    slabs.template store<T>(&hidden, x, m, n);
   }
 };
 
@@ -30,7 +31,7 @@ struct HiddenBoxes {
 template <class T>
 struct GatedBoxes {
   static constexpr int kSlabs = 2;
-  static constexpr bool kPaired = true;
+  static constexpr bool kPaired = true, kBias = true, kPingPong = true;
   TensorMap hidden, saved_up, saved_gate;
   const T* bias;  // or null
   int64_t N;
@@ -38,37 +39,40 @@ struct GatedBoxes {
   bool saves;
 
   __device__ __forceinline__ void box(float (&gate)[32], float (&up)[32], int m, int n, Slabs<kSlabs>& slabs) const {
-    if (bias) add_bias(up, bias, n, N);
+    if (bias) slabs.template add_bias<T>(up, n);
     if (saves) {
-      slabs.store<T>(&saved_up, up, m, n);
-      slabs.store<T>(&saved_gate, gate, m, n);
+      slabs.template store<T>(&saved_up, up, m, n);
+      slabs.template store<T>(&saved_gate, gate, m, n);
     }
     visit_activation(activation, [&](auto act) {
 #pragma unroll
       for (int i = 0; i < 32; ++i) up[i] *= act.both_of(gate[i]).value;
     });
-    slabs.store<T>(&hidden, up, m, n);
+    slabs.template store<T>(&hidden, up, m, n);
   }
 };
 
-// As SlopeEpilogue. What is saved is read in the accumulators' layout, all of a box at once.
+// As SlopeEpilogue. What is saved is in shared memory by the time that it is needed.
 template <class T, bool kGated>
 struct SlopeBoxes {
-  static constexpr int kSlabs = 2;
-  TensorMap hidden, d_up, d_gate;
-  const T *up, *gate;
-  int64_t ld_up, ld_gate, M, N;
+  static constexpr int kSlabs = 2, kRead = kGated ? 2 : 1;
+  TensorMap hidden, d_up, d_gate, up, gate;
   Activation activation;
+  float* bias_sums;  // [ceil(M / 64)][N], of d_up's rows; or null
+  int64_t M, N;
 
-  __device__ __forceinline__ void box(float (&x)[32], int m, int n, Slabs<kSlabs>& slabs) const {
+  __device__ const TensorMap* read(int which) const { return which == 0 ? &up : &gate; }
+
+  __device__ __forceinline__ void box(float (&x)[32], int m, int n, Slabs<kSlabs, kRead>& slabs) const {
     uint32_t u[16], g[16];
-    load_box(u, up, ld_up, m, n, M, N);
-    if constexpr (kGated) load_box(g, gate, ld_gate, m, n, M, N);
+    slabs.await();
+    slabs.load(u, 0);
+    if constexpr (kGated) slabs.load(g, 1);
 #pragma unroll
-    for (int first = 0; first < 16; first += 4)  // all at once would hold too many registers
+    for (int first = 0; first < 16; first += 8)  // all at once would hold too many registers
       visit_activation(activation, [&](auto act) {
 #pragma unroll
-        for (int i = first; i < first + 4; ++i) {
+        for (int i = first; i < first + 8; ++i) {
           float at[2], by[2], value[2], of_gate[2];
           unpack_pair<T>(u[i], by[0], by[1]);
           if constexpr (kGated) unpack_pair<T>(g[i], at[0], at[1]);
@@ -84,8 +88,12 @@ struct SlopeBoxes {
           if constexpr (kGated) g[i] = pack_pair<T>(of_gate[0], of_gate[1]);
         }
       });
+    float2 sums = make_float2(0.0f, 0.0f);
+    if (bias_sums) sums = slabs.share_sums(x);
     slabs.store(&hidden, u, m, n);
-    slabs.store<T>(&d_up, x, m, n);
+    slabs.release();
+    if (bias_sums) slabs.write_sums(sums, bias_sums, m, n, M, N);
+    slabs.template store<T>(&d_up, x, m, n);
     if constexpr (kGated) slabs.store(&d_gate, g, m, n);
   }
 };
@@ -109,17 +117,22 @@ template <class T>
 struct OnHopper<ffn::SlopeEpilogue<T>> {
   template <class Body>
   static void visit(const ffn::SlopeEpilogue<T>& e, GemmShape shape, const Body& body) {
-    const auto map = [&](const T* data) { return make_tensor_map(mapped_rows(data, e.ld, shape)); };
-    const TensorMap hidden = map(e.hidden), d_up = map(e.d_up);
+    const auto map = [&](const T* data, int64_t ld) { return make_tensor_map(mapped_rows(data, ld, shape)); };
+    const TensorMap hidden = map(e.hidden, e.ld), d_up = map(e.d_up, e.ld), up = map(e.up, e.ld_up);
     if (e.gate)
-      body(SlopeBoxes<T, true>{hidden, d_up, map(e.d_gate), e.up, e.gate, e.ld_up, e.ld_gate, shape.M, shape.N,
-                               e.activation});
+      body(SlopeBoxes<T, true>{hidden, d_up, map(e.d_gate, e.ld), up, map(e.gate, e.ld_gate), e.activation, e.bias_sums,
+                               shape.M, shape.N});
     else
-      body(SlopeBoxes<T, false>{hidden, d_up, d_up, e.up, nullptr, e.ld_up, 0, shape.M, shape.N, e.activation});
+      body(SlopeBoxes<T, false>{hidden, d_up, d_up, up, up, e.activation, e.bias_sums, shape.M, shape.N});
   }
 };
 
 namespace ffn {
+
+// Whether boxes of a saved tensor [M, F] can be written and read.
+inline bool saved_fits(const TensorView& t) {
+  return !t.defined || can_map(mapped_boxes(t.data, DType::bf16, t.stride[0], {t.shape[0], t.shape[1], 0}));
+}
 
 template <>
 struct GatedProducts<HopperProduct> {
@@ -134,6 +147,28 @@ struct GatedProducts<HopperProduct> {
         GatedBoxes<T>{hidden, e.saved ? map(e.saved, e.ld_saved) : hidden, e.saved ? map(gate, e.ld_gate) : hidden,
                       e.bias, shape.N, e.activation, e.saved != nullptr},
         stream);
+  }
+};
+
+template <>
+struct SlopeProduct<HopperProduct> {
+  template <class T>
+  static bool run(const Operand& grad, const Operand& down_weight, GemmShape shape, SlopeEpilogue<T> epilogue,
+                  float* bias_sums, float* parts, const Stream& stream) {
+    const bool whole = hopper_plan(shape, true).parts == 1;
+    if (whole) epilogue.bias_sums = bias_sums;
+    HopperProduct::run<T, Major::k, Major::mn>(grad, down_weight, shape, epilogue, parts, stream);
+    return whole;
+  }
+};
+
+// As one product of twice the depth.
+template <>
+struct GatedGradients<HopperProduct> {
+  template <class T>
+  static void run(const Operand& d_gate, const Operand& gate_weight, const Operand& d_up, const Operand& up_weight,
+                  GemmShape shape, const StoreEpilogue<T>& store, float*, float* parts, const Stream& stream) {
+    HopperProduct::run<T, Major::k, Major::mn>(d_gate, gate_weight, shape, store, parts, stream, {&d_up, &up_weight});
   }
 };
 

@@ -93,10 +93,20 @@ __global__ void __launch_bounds__(kAddThreads)
   const int count = N - n < 8 ? static_cast<int>(N - n) : 8;
   float total[8], part[8];
   load_columns(total, sums + m * N + n, count);
-  for (int64_t p = 1; p < parts; ++p) {
-    load_columns(part, sums + (p * M + m) * N + n, count);
+  if (N % 8 == 0 && reinterpret_cast<uintptr_t>(sums) % 16 == 0) {  // without branches: loads of several parts at once
+#pragma unroll 4
+    for (int64_t p = 1; p < parts; ++p) {
+      const float* const from = sums + (p * M + m) * N + n;
+      const float4 low = load<float4>(from), high = load<float4>(from + 4);
+      total[0] += low.x, total[1] += low.y, total[2] += low.z, total[3] += low.w;
+      total[4] += high.x, total[5] += high.y, total[6] += high.z, total[7] += high.w;
+    }
+  } else {
+    for (int64_t p = 1; p < parts; ++p) {
+      load_columns(part, sums + (p * M + m) * N + n, count);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) total[i] += part[i];
+      for (int i = 0; i < 8; ++i) total[i] += part[i];
+    }
   }
   epilogue.template columns<1>(total, m, n, count);
 }

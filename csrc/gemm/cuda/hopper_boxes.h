@@ -1,18 +1,24 @@
 // Finished tiles out of shared memory by the bulk copy engine: 64 x 64 boxes of 16-bit elements.
 //
 // An epilogue of boxes has kSlabs, the slabs of shared memory that a warpgroup needs, and
-//   void box(float (&x)[32], int m, int n, Slabs<kSlabs>& slabs) const
+//   void box(float (&x)[32], int m, int n, Slabs<kSlabs, kRead>& slabs) const
 // called by a warpgroup for its accumulators of 64 rows from m on and 64 columns from n on, laid out as
 // warpgroup_product leaves them. Boxes beyond C's edges are not stored. An epilogue of rows has kRows and
 //   template <int kN> void rows(float (&x)[kN / 2], int m, int n) const
 // called for 64 rows and all columns of a tile. A paired epilogue of boxes has kPaired, too, and box(first, second, m,
 // n, slabs): its B is two matrices [N, K], whose products with A come together.
+//
+// What an epilogue of boxes reads comes ahead of it. With kRead, const TensorMap* read(int) names that many matrices
+// [M, N]: the engine brings their boxes while the tile's products run, slabs.load(i) reads the current ones, and
+// slabs.release() gives them back. With kBias, `bias` [N] or null and N: a tile's part is in shared memory when the
+// products end. With kPingPong the tile is always HopperReadTile or HopperLargeTile, for epilogues with much arithmetic.
 #pragma once
 #include "core/tensor_map.h"
 #include "gemm/cuda/epilogue.h"
 #include "gemm/cuda/hopper_mainloop.h"
 #include "ptx/barrier.h"
 #include "ptx/bulk_copy.h"
+#include "ptx/mbarrier.h"
 
 namespace llmfast::cuda {
 
@@ -52,6 +58,33 @@ struct IsPaired<Epilogue, std::enable_if_t<Epilogue::kPaired>> {
   static constexpr bool kHolds = true;
 };
 
+template <class Epilogue, class = void>
+struct ReadBoxes {
+  static constexpr int kCount = 0;
+};
+template <class Epilogue>
+struct ReadBoxes<Epilogue, std::enable_if_t<(Epilogue::kRead > 0)>> {
+  static constexpr int kCount = Epilogue::kRead;
+};
+
+template <class Epilogue, class = void>
+struct HasBias {
+  static constexpr bool kHolds = false;
+};
+template <class Epilogue>
+struct HasBias<Epilogue, std::enable_if_t<Epilogue::kBias>> {
+  static constexpr bool kHolds = true;
+};
+
+template <class Epilogue, class = void>
+struct WantsPingPong {
+  static constexpr bool kHolds = false;
+};
+template <class Epilogue>
+struct WantsPingPong<Epilogue, std::enable_if_t<Epilogue::kPingPong>> {
+  static constexpr bool kHolds = true;
+};
+
 // Neighbouring columns of a box in one register: pairs[i] is x[2 i] and x[2 i + 1].
 template <class T>
 __device__ __forceinline__ void pack_box(uint32_t (&pairs)[16], const float (&x)[32]) {
@@ -59,25 +92,31 @@ __device__ __forceinline__ void pack_box(uint32_t (&pairs)[16], const float (&x)
   for (int i = 0; i < 16; ++i) pairs[i] = pack_pair<T>(x[2 * i], x[2 * i + 1]);
 }
 
-// The box of a matrix [M, N], N and its rows' starts even, in the accumulators' layout; zeros beyond the edges.
-template <class T>
-__device__ __forceinline__ void load_box(uint32_t (&pairs)[16], const T* from, int64_t ld, int m, int n, int64_t M,
-                                         int64_t N) {
-  const int row = m + warp() % 4 * 16 + lane() / 4, col = n + lane() % 4 * 2;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const T* const start = from + (row + half * 8) * ld + col;
-    const int left = row + half * 8 < M ? static_cast<int>(N - col) : 0;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) pairs[2 * j + half] = j * 8 < left ? load<Bytes4>(start + j * 8).word[0] : 0;
-  }
-}
+// The shared memory of one warpgroup's epilogue: a ring of slabs for what it stores, a ring of kRead slabs a place for
+// what it reads, a tile's part of the bias or three warps' sums of a box's columns. The warpgroup's first thread deals with the copy engine.
+template <int kSlabs, int kRead>
+struct EpilogueMemory {
+  static constexpr int kPlaces = kRead > 0 ? 4 / kRead : 0;  // of what is read; four boxes are a tile of 128 x 128
+  static constexpr int kBiasColumns = 256;
+  static constexpr int kScratchBytes = kRead > 0 ? 3 * 64 * 4 : kBiasColumns * 2;  // sums of columns, or the bias
+  static constexpr int kSlabsBytes = (kSlabs + kPlaces * kRead) * kSlabBytes;  // multiples of 1024, at `slabs`
+  static constexpr int kOtherBytes = kScratchBytes + kPlaces * 16;                 // at `others`
+  uint32_t slabs, others;
 
-// A warpgroup's ring of slabs. Its first thread hands them to the copy engine and waits for it.
-template <int kSlabs>
+  __device__ uint32_t read(int place, int which) const {
+    return slabs + (kSlabs + place * kRead + which) * kSlabBytes;
+  }
+  __device__ uint32_t full(int place) const { return others + kScratchBytes + place * 8; }
+  __device__ uint32_t empty(int place) const { return others + kScratchBytes + (kPlaces + place) * 8; }
+  __device__ void init() const {
+    for (int i = 0; i < kPlaces; ++i) mbarrier_init(full(i), 1), mbarrier_init(empty(i), 1);
+  }
+};
+
+template <int kSlabs, int kRead = 0>
 class Slabs {
  public:
-  __device__ Slabs(uint32_t base, int barrier) : base_(base), barrier_(barrier) {}
+  __device__ Slabs(const EpilogueMemory<kSlabs, kRead>& memory, int barrier) : memory_(memory), barrier_(barrier) {}
 
   // x, rounded to T, to the box of `map` at (m, n).
   template <class T>
@@ -89,12 +128,10 @@ class Slabs {
   __device__ __forceinline__ void store(const TensorMap* map, const uint32_t (&pairs)[16], int m, int n) {
     if (leads()) bulk_wait_read<kSlabs - 1>();
     barrier_sync(barrier_, 128);
-    const uint32_t slab = base_ + next_ * kSlabBytes;
-    const int row = warp() % 4 * 16 + lane() % 16;
+    const uint32_t slab = memory_.slabs + next_ * kSlabBytes;
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      stmatrix_x4(slab + chunk_offset<64>(row, 2 * i + lane() / 16),
-                  {pairs[4 * i], pairs[4 * i + 1], pairs[4 * i + 2], pairs[4 * i + 3]});
+      stmatrix_x4(slab + chunk_of(i), {pairs[4 * i], pairs[4 * i + 1], pairs[4 * i + 2], pairs[4 * i + 3]});
     fence_async_proxy();
     barrier_sync(barrier_, 128);
     if (leads()) {
@@ -107,24 +144,102 @@ class Slabs {
     if (leads()) bulk_wait<0>();
   }
 
+  // The current box of each matrix that is read, in the accumulators' layout; zeros beyond the edges.
+  __device__ __forceinline__ void await() const { mbarrier_wait(memory_.full(place_.stage), place_.parity); }
+  __device__ __forceinline__ void load(uint32_t (&pairs)[16], int which) const {
+    const uint32_t slab = memory_.read(place_.stage, which);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      uint32_t four[4];
+      ldmatrix_x4(four, slab + chunk_of(i));
+#pragma unroll
+      for (int j = 0; j < 4; ++j) pairs[4 * i + j] = four[j];
+    }
+  }
+  // After a store() that follows the loads: its fence and barrier order them before the engine's next write.
+  __device__ __forceinline__ void release() {
+    if (leads()) mbarrier_arrive(memory_.empty(place_.stage));
+    place_.advance();
+  }
+
+  // Sums over the 64 rows of a box: share_sums() before a store(), write_sums() between that and the next one, whose
+  // barriers order them. A lane keeps two columns; the first warp adds the others' and writes to[m / 64][n ...].
+  __device__ __forceinline__ float2 share_sums(const float (&x)[32]) const {
+    float sums[16];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) sums[i] = x[i / 2 * 4 + i % 2] + x[i / 2 * 4 + 2 + i % 2];
+    halve<16>(sums);
+    halve<8>(sums);
+    halve<4>(sums);
+    if (warp() % 4 > 0) {
+      store_shared(sums_of(warp() % 4 - 1), __float_as_uint(sums[0]));
+      store_shared(sums_of(warp() % 4 - 1) + 4, __float_as_uint(sums[1]));
+    }
+    return make_float2(sums[0], sums[1]);
+  }
+  __device__ __forceinline__ void write_sums(float2 own, float* to, int m, int n, int64_t M, int64_t N) const {
+    if (warp() % 4 > 0) return;
+#pragma unroll
+    for (int other = 0; other < 3; ++other) {
+      own.x += __uint_as_float(load_shared_word(sums_of(other)));
+      own.y += __uint_as_float(load_shared_word(sums_of(other) + 4));
+    }
+    const int64_t column = n + sum_column();
+    if (m < M && column < N) llmfast::cuda::store(to + m / 64 * N + column, own);
+  }
+
+  // A tile's bias, two columns a thread: own_bias() starts the loads, hold_bias() shares what came. Each is called once
+  // a tile, before its boxes, by the whole warpgroup.
+  struct Bias {
+    uint32_t low, high;
+  };
+  template <class T>
+  __device__ __forceinline__ static Bias own_bias(const T* bias, int n, int columns, int64_t N) {
+    const int mine = static_cast<int>(thread() % 128) * 2;
+    const int64_t at = n + mine;
+    return {mine < columns && at < N ? bias[at].bits : 0u, mine < columns && at + 1 < N ? bias[at + 1].bits : 0u};
+  }
+  __device__ __forceinline__ void hold_bias(Bias pair, int n) const {
+    barrier_sync(barrier_, 128);  // the tile before has read its own
+    store_shared(bias_at(n + static_cast<int>(thread() % 128) * 2), pair.low | pair.high << 16);
+    barrier_sync(barrier_, 128);
+  }
+  template <class T>
+  __device__ __forceinline__ void add_bias(float (&x)[32], int n) const {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      float low, high;
+      unpack_pair<T>(load_shared_word(bias_at(n + 8 * j + lane() % 4 * 2)), low, high);
+      x[4 * j] += low, x[4 * j + 2] += low;
+      x[4 * j + 1] += high, x[4 * j + 3] += high;
+    }
+  }
+
  private:
   __device__ static bool leads() { return thread() % 128 == 0; }
-
-  uint32_t base_;
-  int barrier_, next_ = 0;
-};
-
-// x[i] += bias[column of accumulator i], zero from N on.
-template <class T>
-__device__ __forceinline__ void add_bias(float (&x)[32], const T* bias, int n, int64_t N) {
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    const int64_t at = n + 8 * j + lane() % 4 * 2;
-    const float low = at < N ? to_float(bias[at]) : 0.0f, high = at + 1 < N ? to_float(bias[at + 1]) : 0.0f;
-    x[4 * j] += low, x[4 * j + 2] += low;
-    x[4 * j + 1] += high, x[4 * j + 3] += high;
+  // Byte of a slab at which this lane's row of the i-th four 8 x 8 matrices starts.
+  __device__ static int chunk_of(int i) {
+    return chunk_offset<64>(warp() % 4 * 16 + lane() % 16, 2 * i + lane() / 16);
   }
-}
+  // Of kBit sums, the lanes with that bit keep the upper half, added to their partners' own.
+  template <int kBit>
+  __device__ __forceinline__ static void halve(float (&sums)[16]) {
+    const bool upper = lane() & kBit;
+#pragma unroll
+    for (int i = 0; i < kBit / 2; ++i) {
+      const float mine = upper ? sums[kBit / 2 + i] : sums[i], others = upper ? sums[i] : sums[kBit / 2 + i];
+      sums[i] = mine + __shfl_xor_sync(kAllLanes, others, kBit);
+    }
+  }
+  // The first of the two columns of a box whose sums this lane keeps.
+  __device__ static int sum_column() { return (lane() & 16) * 2 + (lane() & 8) * 2 + (lane() & 4) * 2 + lane() % 4 * 2; }
+  __device__ uint32_t sums_of(int which) const { return memory_.others + (which * 64 + sum_column()) * 4; }
+  __device__ uint32_t bias_at(int n) const { return memory_.others + n % memory_.kBiasColumns * 2; }
+
+  EpilogueMemory<kSlabs, kRead> memory_;
+  int barrier_, next_ = 0;
+  RingPlace<EpilogueMemory<kSlabs, kRead>::kPlaces> place_;
+};
 
 inline MappedTensor mapped_boxes(const void* data, DType dtype, int64_t ld, GemmShape shape) {
   return {data, dtype, 2, {shape.N, shape.M}, {1, shape.M == 1 ? ceil_div(shape.N, kChunk) * kChunk : ld}, {64, 64},
@@ -135,7 +250,8 @@ constexpr DType half_dtype() {
   return std::is_same_v<T, bf16> ? DType::bf16 : DType::f16;
 }
 
-// C = acc + addend in float32; a quad of lanes writes 32 bytes.
+// C = acc + addend in float32; a quad of lanes writes 32 bytes. All of the addend is asked for before anything is stored:
+// it may be C, so that the compiler could not take a load ahead of a store.
 struct FloatRows {
   static constexpr bool kRows = true;
   float* c;
@@ -146,27 +262,47 @@ struct FloatRows {
   template <int kN>
   __device__ __forceinline__ void rows(float (&acc)[kN / 2], int m, int n) const {
     const int64_t row = m + warp() % 4 * 16 + lane() / 4;
-    const int left = static_cast<int>(N - n < kN ? N - n : kN) - lane() % 4 * 2;
-    const bool even = (ldc | ld_addend) % 2 == 0;
+    const int col = n + lane() % 4 * 2;
+    const bool pairs = (ldc | ld_addend) % 2 == 0 && N - n >= kN;
+    if (addend)
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t at = row + half * 8;
-      if (at >= M) continue;
-      float* const to = c + at * ldc + n + lane() % 4 * 2;
-      const float* const from = addend ? addend + at * ld_addend + n + lane() % 4 * 2 : nullptr;
+      for (int half = 0; half < 2; ++half)
+        if (row + half * 8 < M) add<kN>(acc, addend + (row + half * 8) * ld_addend + col, half, pairs, N - col);
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      if (row + half * 8 < M) write<kN>(acc, c + (row + half * 8) * ldc + col, half, pairs, N - col);
+  }
+
+ private:
+  template <int kN>
+  __device__ __forceinline__ static void add(float (&acc)[kN / 2], const float* from, int half, bool pairs,
+                                             int64_t left) {
+    if (pairs) {
 #pragma unroll
       for (int j = 0; j < kN / 8; ++j) {
-        float2 pair = make_float2(acc[4 * j + 2 * half], acc[4 * j + 2 * half + 1]);
-        if (even && 8 * j + 1 < left) {
-          if (from) {
-            const float2 more = load<float2>(from + 8 * j);
-            pair.x += more.x, pair.y += more.y;
-          }
-          store(to + 8 * j, pair);
-        } else {
-          if (8 * j < left) to[8 * j] = pair.x + (from ? from[8 * j] : 0.0f);
-          if (8 * j + 1 < left) to[8 * j + 1] = pair.y + (from ? from[8 * j + 1] : 0.0f);
-        }
+        const float2 more = load<float2>(from + 8 * j);
+        acc[4 * j + 2 * half] += more.x, acc[4 * j + 2 * half + 1] += more.y;
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < kN / 8; ++j) {
+        if (8 * j < left) acc[4 * j + 2 * half] += from[8 * j];
+        if (8 * j + 1 < left) acc[4 * j + 2 * half + 1] += from[8 * j + 1];
+      }
+    }
+  }
+  template <int kN>
+  __device__ __forceinline__ static void write(const float (&acc)[kN / 2], float* to, int half, bool pairs,
+                                               int64_t left) {
+    if (pairs) {
+#pragma unroll
+      for (int j = 0; j < kN / 8; ++j)
+        store(to + 8 * j, make_float2(acc[4 * j + 2 * half], acc[4 * j + 2 * half + 1]));
+    } else {
+#pragma unroll
+      for (int j = 0; j < kN / 8; ++j) {
+        if (8 * j < left) to[8 * j] = acc[4 * j + 2 * half];
+        if (8 * j + 1 < left) to[8 * j + 1] = acc[4 * j + 2 * half + 1];
       }
     }
   }
@@ -210,6 +346,7 @@ __device__ __forceinline__ void store_floats(T* c, const float (&x)[32], int64_t
 template <class T>
 struct BoxStoreEpilogue {
   static constexpr int kSlabs = 2;
+  static constexpr bool kBias = true;
   TensorMap c;
   T* unmapped;  // c where the copy engine cannot address it, or null
   int64_t ldc;
@@ -218,7 +355,7 @@ struct BoxStoreEpilogue {
   int64_t ld_addend, M, N;
 
   __device__ __forceinline__ void box(float (&x)[32], int m, int n, Slabs<kSlabs>& slabs) const {
-    if (bias) add_bias(x, bias, n, N);
+    if (bias) slabs.template add_bias<T>(x, n);
     if (addend) add_floats(x, addend, ld_addend, m, n, M, N);
     if (unmapped) store_floats(unmapped, x, ldc, m, n, M, N);
     else slabs.store<T>(&c, x, m, n);

@@ -78,24 +78,32 @@ __device__ __forceinline__ void load_operand(uint32_t to, const TensorMap* map, 
   }
 }
 
-// One thread: the stages of all of the block's work, in order, as they become free. Paired: a tile's columns are kN / 2
-// of b and the same of second_b.
+// The operands of a product. Paired: a tile's columns are kN / 2 of b and the same of second_b. Otherwise, from step
+// `first_steps` of the depth on, second_a and second_b go on where a and b end.
+struct OperandMaps {
+  TensorMap a, b, second_a, second_b;
+  int first_steps;
+};
+
+// One thread: the stages of all of the block's work, in order, as they become free.
 template <class Tile, Major kA, Major kB, bool kPaired>
-__device__ void fill_ring(const Ring<Tile>& ring, const TensorMap* a, const TensorMap* b, const TensorMap* second_b,
-                          const Schedule& schedule) {
+__device__ void fill_ring(const Ring<Tile>& ring, const OperandMaps& maps, const Schedule& schedule) {
   constexpr int kColumns = kPaired ? Tile::kN / 2 : Tile::kN;
   RingPlace<Tile::kStages> place;
   for (int item = blockIdx.x; item < schedule.items(); item += gridDim.x) {
     const Work work = schedule.at(item);
     for (int step = 0; step < work.steps; ++step, place.advance()) {
       const uint32_t to = ring.stage(place.stage), full = ring.full(place.stage);
-      const int k = work.first_k + step * kHopperDepth;
+      const int of_all = work.first_k / kHopperDepth + step;
+      const bool second = !kPaired && of_all >= maps.first_steps;
+      const int k = (second ? of_all - maps.first_steps : of_all) * kHopperDepth;
       mbarrier_wait(ring.empty(place.stage), place.parity ^ 1);
       mbarrier_arrive_expect(full, Tile::kStageBytes);
-      load_operand<kA, Tile::kM>(to, a, full, work.tile_m * Tile::kM, k);
-      load_operand<kB, kColumns>(to + Tile::kBytesA, b, full, work.tile_n * kColumns, k);
+      load_operand<kA, Tile::kM>(to, second ? &maps.second_a : &maps.a, full, work.tile_m * Tile::kM, k);
+      load_operand<kB, kColumns>(to + Tile::kBytesA, second ? &maps.second_b : &maps.b, full, work.tile_n * kColumns,
+                                 k);
       if constexpr (kPaired)
-        load_operand<kB, kColumns>(to + Tile::kBytesA + kColumns * kHopperDepth * 2, second_b, full,
+        load_operand<kB, kColumns>(to + Tile::kBytesA + kColumns * kHopperDepth * 2, &maps.second_b, full,
                                    work.tile_n * kColumns, k);
     }
   }

@@ -29,9 +29,22 @@ struct LogSum {
   float top, sum;
 };
 
-inline int64_t backward_chunk(int64_t M, int64_t V) {
-  const int64_t fits = kGradientElements / (M > 0 ? M : 1) / 128 * 128, chunk = fits < 2048 ? 2048 : fits;
-  return chunk < V ? chunk : V;
+// Columns of the vocabulary whose gradients are in memory at a time: of the counts that kGradientElements allows, or half
+// as many again, the one with the cheapest products, which fill whole rounds of multiprocessors, and passes over sum_x.
+inline int64_t backward_chunk(int64_t M, int64_t C, int64_t V) {
+  constexpr int64_t kUnit = 128, kBytesAClock = 1600;
+  const auto clocks = [&](int64_t count) {
+    if (count == 0) return int64_t{0};
+    return hopper_plan({M, C, count}, true).clocks + hopper_plan({count, C, M}, true).clocks + 8 * M * C / kBytesAClock;
+  };
+  const int64_t fits = kGradientElements / (M > 0 ? M : 1) / kUnit, least = fits < 16 ? 16 : fits;
+  if (least * kUnit >= V) return V;
+  int64_t best = 0, cheapest = 0;
+  for (int64_t units = least; units <= least + least / 2; ++units) {
+    const int64_t chunk = units * kUnit, all = V / chunk * clocks(chunk) + clocks(V % chunk);
+    if (best == 0 || all < cheapest) best = chunk, cheapest = all;
+  }
+  return best < V ? best : V;
 }
 
 struct ForwardScratch {
@@ -51,7 +64,7 @@ struct BackwardScratch {
   int64_t ld;
 
   BackwardScratch(Scratch& scratch, int64_t M, int64_t C, int64_t V) {
-    const int64_t chunk = backward_chunk(M, V), last = V % chunk;
+    const int64_t chunk = backward_chunk(M, C, V), last = V % chunk;
     ld = ceil_div(chunk, kChunk) * kChunk;
     d_logits = scratch.take<T>(M * ld);
     sum_x = scratch.take<float>(M * C);
@@ -159,7 +172,7 @@ void forward(const LinearCrossEntropyParams& p, const Stream& stream) {
 
 template <class Product, class T>
 void backward(const LinearCrossEntropyBackwardParams& p, const Stream& stream) {
-  const int64_t M = p.x.shape[0], C = p.x.shape[1], V = p.weight.shape[0], chunk = backward_chunk(M, V);
+  const int64_t M = p.x.shape[0], C = p.x.shape[1], V = p.weight.shape[0], chunk = backward_chunk(M, C, V);
   Scratch carve(p.workspace.data);
   const BackwardScratch<T> scratch(carve, M, C, V);
   for (int64_t v = 0; v < V; v += chunk) {

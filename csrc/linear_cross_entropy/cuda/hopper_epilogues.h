@@ -15,6 +15,10 @@ struct LogSumRows {
 
   template <int kN>
   __device__ __forceinline__ void rows(float (&acc)[kN / 2], int m, int n) const {
+    const int64_t first_row = m + warp() % 4 * 16 + lane() / 4;
+    int64_t targets[2];  // asked for before the sums that hide their latency
+#pragma unroll
+    for (int half = 0; half < 2; ++half) targets[half] = first_row + half * 8 < M ? target[first_row + half * 8] : -1;
     // That exist, from this lane's first.
     const int columns = static_cast<int>(N - n < kN ? N - n : kN) - lane() % 4 * 2;
     if (columns < kN - 6) {
@@ -24,7 +28,7 @@ struct LogSumRows {
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t row = m + warp() % 4 * 16 + lane() / 4 + half * 8;
+      const int64_t row = first_row + half * 8;
       float top = acc[2 * half], sum = 0.0f;
 #pragma unroll
       for (int i = 0; i < kN / 4; ++i) top = fmaxf(top, acc[i / 2 * 4 + 2 * half + i % 2]);
@@ -35,7 +39,7 @@ struct LogSumRows {
       sum = group_sum<4>(sum);
       if (row >= M) continue;
       if (lane() % 4 == 0) parts[n / kN * M + row] = {top, sum};
-      const int64_t here = target[row] - first - n - lane() % 4 * 2;
+      const int64_t here = targets[half] - first - n - lane() % 4 * 2;
       if (here >= 0 && here < columns && here % 8 < 2) {
 #pragma unroll
         for (int i = 0; i < kN / 4; ++i)
