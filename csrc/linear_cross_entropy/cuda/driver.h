@@ -22,7 +22,7 @@ namespace cross_entropy {
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.69314718f;
 constexpr float kLowest = -3.0e38f;
 constexpr int64_t kForwardParts = 128;                    // of a row's columns in a chunk of the vocabulary
-constexpr int64_t kGradientElements = int64_t{1} << 26;  // of d_logits: large products, a bounded buffer
+constexpr int64_t kGradientElements = int64_t{1} << 27;  // of d_logits: large products, a bounded buffer
 
 // A row's logits so far, in powers of two: sum of 2^(logit - top).
 struct LogSum {
