@@ -44,11 +44,14 @@ def placed(device, tensors, options):
 
 
 def check(device, tensors, **options):
-    """Output and gradients under the error rule; the peer and the truth are computed on the CPU."""
+    """Output and gradients under the error rule; the peer and the truth are computed on the CPU.
+
+    Tensors that are on the device keep their layout; those that come there lose strides with gaps."""
     q, _, v = tensors
     grad = torch.randn(*q.shape[:-1], v.shape[-1]).to(q.dtype)
     ours_in, ours_options = placed(device, tensors, options)
     ours = [t.cpu() for t in with_gradients(attention, ours_in, grad.to(device), **ours_options)]
+    tensors = [t.cpu() for t in tensors]
     theirs = with_gradients(torch_attention, tensors, grad, **options)
     exact = with_gradients(reference.attention, [t.double() for t in tensors], grad, **options)
     for name, mine, peer, truth in zip(("out", "grad_q", "grad_k", "grad_v"), ours, theirs, exact):

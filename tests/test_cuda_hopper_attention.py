@@ -27,6 +27,7 @@ CASES = {
     "middle head": ((2, 1, 1, 140, 270, 96, 128), {"causal": True}),
     "int window": ((1, 1, 1, 300, 300, 16, 16), {"window": 9}),
     "window both sides": ((1, 2, 1, 140, 400, 16, 16), {"window": (70, 3)}),
+    "many keys": ((1, 3, 1, 580, 2048, 64, 64), {"causal": True}),  # three warpgroups of 64
     "softcap": ((1, 2, 2, 40, 150, 128, 128), {"softcap": 2.0, "causal": True, "scale": 1.0}),
     "negative scale": ((1, 1, 1, 40, 150, 16, 16), {"scale": -0.5}),
 }
@@ -77,6 +78,48 @@ def test_masks(hopper):
     out = check(hopper, tensors, mask=hidden)
     assert (out[:, :, 0] == 0).all() and (out[:, 1] == 0).all()
     check(hopper, make(1, 1, 1, 70, 170, 200, dtype=BF16), mask=torch.rand(70, 170) < 0.5)
+
+
+@pytest.mark.parametrize("D", [64, 256])
+def test_masks_of_keys(hopper, D):
+    """Padding before and after, holes, a sequence without keys: the same for all queries."""
+    B, Tk = 4, 520
+    mask = torch.ones(B, 1, 1, Tk, dtype=torch.bool)
+    mask[0, ..., 390:] = False
+    mask[1, ..., :150] = False
+    mask[2, ..., 200:210] = False
+    mask[3] = False
+    q, k, v = make(B, 2, 1, 70, Tk, D, dtype=BF16)
+    clean = check(hopper, (q, k, v), mask=mask)
+    assert (clean[3] == 0).all()
+    check(hopper, (q, k, v), mask=mask, window=(200, 30))
+    hidden = ~mask[:, :, 0, :, None]
+    k, v = (torch.where(hidden, torch.tensor(math.nan, dtype=BF16), t) for t in (k, v))
+    assert torch.equal(attention(*(t.to(hopper) for t in (q, k, v)), mask=mask.to(hopper)).cpu(), clean)
+
+
+def test_masks_of_keys_differ_between_heads_and_skip_tiles(hopper):
+    mask = torch.rand(1, 2, 1, 300) < 0.5
+    mask[:, 0, :, 120:] = True
+    mask[:, 1, :, 128:] = False
+    tensors = make(1, 2, 2, 150, 300, 16, dtype=BF16)
+    check(hopper, tensors, mask=mask, causal=True)
+    if hopper == "cpu":
+        module = backend.native_cuda()
+        module.reset_counters()
+        attention(*tensors, mask=mask[:, 1:])
+        assert module.counters()["warpgroup_products"] == 2 * 2 * 2 * (4 + 8)  # heads, tiles, warpgroups; Q K^T, P V
+
+
+@pytest.mark.parametrize(("Tk", "D"), [(160, 64), (176, 256), (150, 64)])
+def test_boolean_masks_of_rows(hopper, Tk, D):
+    """Read in pieces of 16 bytes where rows lie so; also views into longer ones."""
+    Tq = 140
+    tensors = make(1, 2, 1, Tq, Tk, D, dtype=BF16)
+    mask = torch.rand(1, 2, Tq, 192) < 0.5
+    mask[:, :, 5] = False
+    check(hopper, tensors, mask=mask[..., :Tk])
+    check(hopper, tensors, mask=(torch.rand(Tq, Tk) < 0.5), causal=True)
 
 
 def test_rows_masked_with_the_lowest_number(hopper):

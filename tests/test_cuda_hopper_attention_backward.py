@@ -33,6 +33,18 @@ CASES = {
 }
 
 
+# Of those, what the way in one pass runs, always here and with long sequences elsewhere.
+ONE_PASS = ["full", "causal, wide", "grouped, padded dims", "fewer keys", "many lead rows see nothing", "window"]
+
+
+@pytest.fixture
+def one_pass(hopper):
+    set_from = backend.native_cuda().set_attention_one_pass_from
+    before = set_from(0)
+    yield hopper
+    set_from(before)
+
+
 def calls() -> int:
     rows = backend.native_cuda().implementations("attention_backward")
     return next(row["calls"] for row in rows if row["isa"] == "sm90a")
@@ -44,6 +56,47 @@ def test_gradients(hopper, case):
     before = calls()
     check(hopper, make(*shape, dtype=BF16), **options)
     assert calls() == before + 1
+
+
+@pytest.mark.parametrize("case", ONE_PASS)
+def test_one_pass(one_pass, case):
+    """grad_q summed in memory, by blocks that take turns."""
+    shape, options = CASES[case]
+    tensors, before = make(*shape, dtype=BF16), calls()
+    check(one_pass, tensors, **options)
+    grad = torch.randn(*tensors[0].shape[:-1], shape[-1]).to(BF16).to(one_pass)
+    tensors, _ = placed(one_pass, tensors, {})
+    runs = [with_gradients(attention, tensors, grad, **options) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+    assert calls() == before + 3
+
+
+def test_one_pass_float16(one_pass):
+    check(one_pass, make(1, 2, 1, 70, 90, 40, dtype=F16), causal=True)
+    check(one_pass, make(1, 2, 1, 70, 130, 128, dtype=F16), causal=True)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
+def test_one_pass_does_not_leak(one_pass, bad):
+    """Hidden keys, and queries that see nothing, whatever they hold."""
+    q, k, v = (t.to(one_pass) for t in make(1, 1, 1, 150, 140, 64, dtype=BF16))
+    grad = torch.randn(1, 1, 150, 64).to(BF16).to(one_pass)
+    clean = with_gradients(attention, (q, k, v), grad, causal=True)
+    q[:, :, :10], grad[:, :, 5:10], k[:, :, 130], v[:, :, 130] = bad, bad, bad, bad
+    dirty = with_gradients(attention, (q, k, v), grad, causal=True)
+    assert torch.equal(clean[1][:, :, :140], dirty[1][:, :, :140]) and (clean[1][:, :, :10] == 0).all()
+    assert not dirty[1][:, :, 140:].isfinite().all()
+
+
+def test_one_pass_is_for_long_sequences(hopper):
+    def sums(B, Hq, Hkv, T, D, left=None, softcap=0.0):
+        return backend.native_cuda().attention_backward_sums(B, Hq, Hkv, T, T, D, D, left, 0, softcap, 0)
+
+    assert sums(2, 16, 16, 8192, 128) == 2 * 16 * 64 * (128 * 128 + 4) + 4
+    assert sums(2, 16, 16, 8192, 72) > sums(2, 16, 16, 8192, 64) > 0
+    assert sums(4, 32, 8, 4096, 128) > 0  # four heads share their keys
+    assert not any((sums(8, 16, 16, 4096, 128), sums(2, 16, 16, 8192, 128, left=255), sums(1, 1, 1, 8192, 128)))
+    assert not any((sums(2, 16, 16, 8192, 256), sums(2, 16, 16, 8192, 128, softcap=30.0)))
 
 
 def test_float16(hopper):
@@ -129,10 +182,11 @@ def test_layouts(hopper):
     """Heads side by side in one tensor run here; rows that start at odd addresses and mask tensors elsewhere."""
     B, H, T, D = 2, 2, 140, 64
     before = calls()
-    heads = [t.view(B, T, H, D).transpose(1, 2) for t in torch.randn(B, T, 3 * H * D).to(BF16).split(H * D, dim=-1)]
+    joined = torch.randn(B, T, 3 * H * D).to(BF16).to(hopper)
+    heads = [t.view(B, T, H, D).transpose(1, 2) for t in joined.split(H * D, dim=-1)]
     check(hopper, heads, causal=True)
     assert calls() == before + 1
-    check(hopper, [t[..., 1:] for t in torch.randn(3, 1, 1, 30, 17).to(BF16)], causal=True)
+    check(hopper, [t[..., 1:] for t in torch.randn(3, 1, 1, 30, 17).to(BF16).to(hopper)], causal=True)
     check(hopper, make(1, 1, 1, 30, 30, 16, dtype=BF16), mask=torch.rand(30, 30) < 0.5)
     assert calls() == before + 1
 

@@ -5,7 +5,8 @@
 //     benchmarks/native/hopper_attention_backward.cu csrc/attention/attention_bwd_sm80.cu csrc/core/cuda_device.cu
 //     -o hopper_attention_backward
 //   ./hopper_attention_backward check [part of a case's name]
-//   ./hopper_attention_backward time [part of a case's name]
+//   ./hopper_attention_backward time [part of a case's name]      the ways, from the first kernel to the last
+//   ./hopper_attention_backward kernels [part of a case's name]   and kernels of other tile shapes
 //
 // FLOPs are those of five products of the visible scores, whatever is computed twice. With a plain C++ compiler and the
 // emulated machine (csrc/ptx/emulated/*.cpp) `check` runs without a GPU.
@@ -204,9 +205,9 @@ const std::vector<Variant> kJoint = {joint_variant<JointLayout<128, 64, 2, false
                                      joint_variant<JointLayout<64, 128, 2, false>>("joint 128 x 2"),
                                      joint_variant<JointLayout<64, 128, 2, true>>("ordered 128 x 2")};
 
-void run_statistics(const AttentionBackwardParams& p, int kD, float* sums = nullptr) {
-  if (kD == 64) launch_query_statistics<bf16, 8>(p, kStream, sums);
-  else launch_query_statistics<bf16, 16>(p, kStream, sums);
+void run_statistics(const AttentionBackwardParams& p, int kD, float* sums = nullptr, bool zeroes = true) {
+  if (kD == 64) launch_query_statistics<bf16, 8>(p, kStream, sums, zeroes);
+  else launch_query_statistics<bf16, 16>(p, kStream, sums, zeroes);
 }
 void run_rounding(const AttentionBackwardParams& p, int kD) {
   if (kD == 64) launch_rounding<bf16, 64>(p, kStream);
@@ -215,6 +216,12 @@ void run_rounding(const AttentionBackwardParams& p, int kD) {
 int padded(int64_t D) { return D <= 64 ? 64 : 128; }
 void run_variant(const Variant& v, const AttentionBackwardParams& p) {
   (p.softcap > 0 ? v.run_capped : v.run)(p, kStream);
+}
+bool is_ordered(const Variant& v) { return v.name[0] == 'o'; }
+void run_jointly(const Variant& v, const Problem& problem) {
+  run_statistics(problem.p, v.kD, problem.query_sums, !is_ordered(v));
+  run_variant(v, problem.p);
+  run_rounding(problem.p, v.kD);
 }
 
 // ---- plain loops ----------------------------------------------------------------------------------------------------
@@ -384,7 +391,32 @@ const std::vector<Case> kChecks = {
     {"packed d64", 3, 2, 1, 330, 360, 64, 70, 3, 0, {0, 5, 200, 330}, {0, 25, 230, 360}},
     {"packed full d128", 3, 2, 1, 330, 360, 128, kAny, kAny, 0, {0, 5, 200, 330}, {0, 25, 230, 360}},
     {"many heads d128", 4, 16, 16, 1024, 1024, 128, kAny, 0, 0, {}, {}},
+    {"many heads d64", 4, 16, 4, 1500, 1500, 64, kAny, 0, 0, {}, {}},
+    {"long d128", 1, 8, 8, 4096, 4096, 128, kAny, 0, 0, {}, {}},
 };
+
+#ifdef __CUDACC__
+
+// Keeps some multiprocessors and the memory busy beside the kernels.
+__global__ void compete_kernel(uint32_t* memory, int64_t count, int rounds) {
+  for (int round = 0; round < rounds; ++round)
+    for (int64_t i = blockIdx.x * int64_t{512} + thread(); i < count; i += int64_t{gridDim.x} * 512)
+      memory[i] = memory[i] * 1664525u + 1013904223u;
+}
+struct Competitor {
+  static constexpr int64_t kCount = int64_t{1} << 24;
+  uint32_t* memory = allocate<uint32_t>(kCount);
+  cudaStream_t stream;
+
+  Competitor() { require_success(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream"); }
+  ~Competitor() {
+    cudaStreamDestroy(stream);
+    release(memory);
+  }
+  void run(int i) const { compete_kernel<<<16 + 29 * i % 200, 512, 0, stream>>>(memory, kCount, 1 + i % 4); }
+};
+
+#endif
 
 // Runs everything, compares with the plain loops, and, if the order of sums is fixed, repeats bitwise.
 template <class RunAll>
@@ -399,12 +431,16 @@ void check(const Case& c, Problem& problem, const char* what, bool repeats, cons
   const Results before(problem);
   int different = 0;
 #ifdef __CUDACC__
-  const int times = 10;
+  const int times = 20;
+  const Competitor competitor;
 #else
   const int times = 1;
 #endif
   for (int i = 0; i < times; ++i) {
     problem.spoil_results();
+#ifdef __CUDACC__
+    competitor.run(i);
+#endif
     run_all();
     finish();
     different += !(Results(problem) == before);
@@ -432,11 +468,7 @@ void check(const Case& c) {
     }
   for (const Variant& v : kJoint)
     if (v.kD == kD)
-      check(c, problem, v.name, v.name[0] == 'o', [&] {
-        run_statistics(problem.p, kD, problem.query_sums);
-        run_variant(v, problem.p);
-        run_rounding(problem.p, kD);
-      });
+      check(c, problem, v.name, is_ordered(v), [&] { run_jointly(v, problem); });
 }
 
 #ifdef __CUDACC__
@@ -446,13 +478,12 @@ const std::vector<Case> kTimes = {
     {"causal d128 t4k", 4, 16, 16, 4096, 4096, 128, kAny, 0, 0, {}, {}},
     {"causal d128 t8k", 2, 16, 16, 8192, 8192, 128, kAny, 0, 0, {}, {}},
     {"causal d128 t16k", 1, 16, 16, 16384, 16384, 128, kAny, 0, 0, {}, {}},
-    {"full d128 t2k", 8, 16, 16, 2048, 2048, 128, kAny, kAny, 0, {}, {}},
+    {"full d128 t4k", 4, 16, 16, 4096, 4096, 128, kAny, kAny, 0, {}, {}},
     {"full d128 t8k", 2, 16, 16, 8192, 8192, 128, kAny, kAny, 0, {}, {}},
     {"grouped causal d128 t4k", 4, 32, 8, 4096, 4096, 128, kAny, 0, 0, {}, {}},
-    {"causal d64 t2k", 8, 16, 16, 2048, 2048, 64, kAny, 0, 0, {}, {}},
-    {"causal d64 t8k", 2, 16, 16, 8192, 8192, 64, kAny, 0, 0, {}, {}},
-    {"full d64 t8k", 2, 16, 16, 8192, 8192, 64, kAny, kAny, 0, {}, {}},
-    {"window 256 d128 t8k", 2, 16, 16, 8192, 8192, 128, 255, 0, 0, {}, {}},
+    {"causal d64 t1k", 16, 16, 16, 1024, 1024, 64, kAny, 0, 0, {}, {}},
+    {"causal d64 t4k", 4, 16, 16, 4096, 4096, 64, kAny, 0, 0, {}, {}},
+    {"causal d64 t16k", 1, 16, 16, 16384, 16384, 64, kAny, 0, 0, {}, {}},
 };
 
 template <class Body>
@@ -485,15 +516,44 @@ double visible_pairs(const Case& c) {
   return pairs * static_cast<double>(c.B * c.Hq);
 }
 
+void print_way(const char* name, double ms, double product) {
+  std::printf("  %-20s %8.3f ms %7.1f TFLOP/s of 5 products\n", name, ms, product * 5 / ms * 1e-9);
+  std::fflush(stdout);
+}
+
+// The ways from the first kernel to the last, each with its largest errors.
 void time(const Case& c) {
   Problem problem(c);
   const double product = 2.0 * visible_pairs(c) * static_cast<double>(c.D);  // FLOPs of one of the products
-  std::printf("time %s: B %ld Hq %ld Hkv %ld T %ld D %ld\n", c.name, static_cast<long>(c.B), static_cast<long>(c.Hq),
+  std::printf("time %s: B %ld Hq %ld Hkv %ld T %ld D %ld; %s in one pass\n", c.name, static_cast<long>(c.B),
+              static_cast<long>(c.Hq), static_cast<long>(c.Hkv), static_cast<long>(c.Tq), static_cast<long>(c.D),
+              in_one_pass(problem.p) ? "by itself" : "not by itself");
+  std::fflush(stdout);
+  const int64_t from = one_pass_from.exchange(kUnbounded);
+  print_way("two kernels", milliseconds([&] { attention_backward_sm90a(problem.p, kStream); }), product);
+  compare(c, problem, 1);
+  one_pass_from = from;
+  for (const Variant& v : kJoint) {
+    if (v.kD != padded(c.D)) continue;
+    problem.spoil_results();
+    print_way(v.name, milliseconds([&] { run_jointly(v, problem); }), product);
+    const double before = milliseconds([&] { run_statistics(problem.p, v.kD, problem.query_sums, !is_ordered(v)); });
+    const double after = milliseconds([&] { run_rounding(problem.p, v.kD); });
+    std::printf("  %-20s before %.3f ms, after %.3f ms\n", "", before, after);
+    run_jointly(v, problem);
+    compare(c, problem, 1);
+  }
+}
+
+// Each kernel alone, whatever else there is to choose.
+void time_kernels(const Case& c) {
+  Problem problem(c);
+  const double product = 2.0 * visible_pairs(c) * static_cast<double>(c.D);  // FLOPs of one of the products
+  std::printf("kernels %s: B %ld Hq %ld Hkv %ld T %ld D %ld\n", c.name, static_cast<long>(c.B), static_cast<long>(c.Hq),
               static_cast<long>(c.Hkv), static_cast<long>(c.Tq), static_cast<long>(c.D));
   std::fflush(stdout);
   const double statistics = milliseconds([&] { run_statistics(problem.p, padded(c.D)); });
   std::printf("  %-20s %8.3f ms\n", "statistics", statistics);
-  double best[2] = {1e30, 1e30};
   for (const bool of_keys : {true, false})
     for (const Variant& v : of_keys ? kKeys : kQueries) {
       if (v.kD != padded(c.D)) continue;
@@ -506,31 +566,7 @@ void time(const Case& c) {
       const double ms = both - statistics;
       std::printf("%8.3f ms %7.1f TFLOP/s of its own %d products\n", ms, product * (of_keys ? 4 : 3) / ms * 1e-9,
                   of_keys ? 4 : 3);
-      best[of_keys] = std::min(best[of_keys], ms);
     }
-  const double total = milliseconds([&] { attention_backward_sm90a(problem.p, kStream); });
-  std::printf("  %-20s %8.3f ms %7.1f TFLOP/s of 5 products; of the best of each %.1f\n", "backward", total,
-              product * 5 / total * 1e-9, product * 5 / (statistics + best[0] + best[1]) * 1e-9);
-  std::fflush(stdout);
-  compare(c, problem, 2);
-  for (const Variant& v : kJoint) {
-    if (v.kD != padded(c.D)) continue;
-    const double before = milliseconds([&] { run_statistics(problem.p, v.kD, problem.query_sums); });
-    std::printf("  %-20s ", v.name);
-    std::fflush(stdout);
-    // Never the kernel alone: it counts on what the one before has zeroed.
-    const double after = milliseconds([&] { run_rounding(problem.p, v.kD); });
-    const double all = milliseconds([&] {
-      run_statistics(problem.p, v.kD, problem.query_sums);
-      run_variant(v, problem.p);
-      run_rounding(problem.p, v.kD);
-    });
-    const double alone = all - before - after;
-    std::printf("%8.3f ms %7.1f TFLOP/s; before %.3f, after %.3f, all %.3f ms %.1f TFLOP/s\n", alone,
-                product * 5 / alone * 1e-9, before, after, all, product * 5 / all * 1e-9);
-    std::fflush(stdout);
-    compare(c, problem, 2);
-  }
   const double portable = milliseconds([&] { attention_backward_sm80(problem.p, kStream); });
   std::printf("  %-20s %8.3f ms %7.1f TFLOP/s of 5 products\n", "sm_80's kernels", portable,
               product * 5 / portable * 1e-9);
@@ -557,9 +593,9 @@ int main(int count, char** arguments) {
     for (const Case& c : kChecks)
       if (chosen(c)) check(c);
 #ifdef __CUDACC__
-  if (what == "time")
-    for (const Case& c : kTimes)
-      if (chosen(c)) llmfast::cuda::time(c);
+  for (const Case& c : kTimes)
+    if (chosen(c) && what == "time") llmfast::cuda::time(c);
+    else if (chosen(c) && what == "kernels") time_kernels(c);
 #endif
   std::printf(failures ? "%d FAILURES\n" : "no failures\n", failures);
   return failures != 0;

@@ -36,7 +36,7 @@ void deallocate(void* memory) { require_success(cudaFree(memory), "free"); }
 void copy(void* to, const void* from, size_t bytes) {
   require_success(cudaMemcpy(to, from, bytes, cudaMemcpyDefault), "copy");
 }
-void clear_tickets(int* tickets) { require_success(cudaMemsetAsync(tickets, 0, sizeof(int)), "tickets"); }
+void clear(int* word) { require_success(cudaMemsetAsync(word, 0, sizeof(int)), "clear"); }
 void synchronize() { require_success(cudaDeviceSynchronize(), "kernel"); }
 
 double median_ms(const std::function<void()>& run) {
@@ -65,7 +65,7 @@ constexpr bool kTimed = false;
 void* allocate(size_t bytes) { return std::aligned_alloc(1024, (bytes + 1023) / 1024 * 1024); }
 void deallocate(void* memory) { std::free(memory); }
 void copy(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
-void clear_tickets(int* tickets) { *tickets = 0; }
+void clear(int* word) { *word = 0; }
 void synchronize() {}
 double median_ms(const std::function<void()>&) { return 0.0; }
 #endif
@@ -144,27 +144,26 @@ struct Shape {
   std::vector<int64_t> lengths = {};  // packed sequences; B = how many, Tq = Tk = their sum
 };
 
-enum class Blocks { all, persistent, tickets };
+enum class Order { chosen, by_head };  // by_head: every key/value head a section
 
 struct Variant {
   std::string name;
   int kD;
   bool softcap;  // is built
-  std::function<void(const AttentionParams&, int, int*)> run;
+  std::function<void(const AttentionParams&, int, int)> run;
 };
 
 template <class Tile, bool kSoftcap = false>
 Variant variant() {
   std::string name = "hd" + std::to_string(Tile::kD) + "-" + std::to_string(Tile::kRows) + "x" +
-                     std::to_string(Tile::kKeys) + (Tile::kLoop == Loop::simple ? "-simple" : "-overlapped") +
-                     (Tile::kTurns ? "-turns" : "");
+                     std::to_string(Tile::kKeys) + "-overlapped-turns";
   if (Tile::kKeyStages != 2 || Tile::kValueStages != 2)
     name += "-stages" + std::to_string(Tile::kKeyStages) + std::to_string(Tile::kValueStages);
-  return {name, Tile::kD, kSoftcap, [](const AttentionParams& p, int blocks, int* tickets) {
+  return {name, Tile::kD, kSoftcap, [](const AttentionParams& p, int blocks, int sections) {
             if constexpr (kSoftcap)
               if (p.softcap > 0.0f)
-                return launch_hopper_forward<bf16, Tile, true>(p, Stream{0, nullptr}, blocks, tickets);
-            launch_hopper_forward<bf16, Tile, false>(p, Stream{0, nullptr}, blocks, tickets);
+                return launch_hopper_forward<bf16, Tile, Masking::anything>(p, Stream{0, nullptr}, blocks, sections);
+            launch_hopper_forward<bf16, Tile, Masking::band>(p, Stream{0, nullptr}, blocks, sections);
           }};
 }
 
@@ -172,7 +171,6 @@ struct Buffers {  // [B, T, H, D]
   bf16 *q, *k, *v, *out;
   float* lse;
   int64_t* first = nullptr;
-  int* tickets;
   int64_t out_bytes, lse_bytes;
   AttentionParams p = {};
 
@@ -196,7 +194,6 @@ struct Buffers {  // [B, T, H, D]
     lse_bytes = B * s.Hq * s.Tq * 4;
     lse = static_cast<float*>(allocate(lse_bytes));
     p.lse = {lse, DType::f32, packed ? 0 : int64_t{s.Hq} * s.Tq, s.Tq, 1};
-    tickets = static_cast<int*>(allocate(4));
     if (packed) {
       std::vector<int64_t> bounds = {0};
       for (int64_t length : s.lengths) bounds.push_back(bounds.back() + length);
@@ -208,7 +205,7 @@ struct Buffers {  // [B, T, H, D]
   }
   ~Buffers() {
     for (void* memory : {static_cast<void*>(q), static_cast<void*>(k), static_cast<void*>(v), static_cast<void*>(out),
-                         static_cast<void*>(lse), static_cast<void*>(first), static_cast<void*>(tickets)})
+                         static_cast<void*>(lse), static_cast<void*>(first)})
       if (memory) deallocate(memory);
   }
 };
@@ -288,15 +285,12 @@ double visible_pairs(const Shape& s) {  // of one head of all sequences; causal 
 
 int failures = 0;
 
-void run_case(const std::string& name, const Shape& s, const Variant& variant, Blocks blocks, int multiprocessors) {
+void run_case(const std::string& name, const Shape& s, const Variant& variant, Order order, int multiprocessors) {
   std::printf("%-78s ", name.c_str());
   std::fflush(stdout);
   Buffers buffers(s);
-  const auto run = [&] {
-    if (blocks == Blocks::tickets) clear_tickets(buffers.tickets);
-    variant.run(buffers.p, blocks == Blocks::all ? 0 : multiprocessors,
-                blocks == Blocks::tickets ? buffers.tickets : nullptr);
-  };
+  const int sections = order == Order::chosen ? 0 : s.Hkv * (s.lengths.empty() ? s.B : 1);
+  const auto run = [&] { variant.run(buffers.p, multiprocessors, sections); };
   uint32_t* first = static_cast<uint32_t*>(allocate(buffers.out_bytes));
   int* differ = static_cast<int*>(allocate(4));
   int different = 0;
@@ -304,7 +298,7 @@ void run_case(const std::string& name, const Shape& s, const Variant& variant, B
   synchronize();
   copy(first, buffers.out, buffers.out_bytes);
   for (int i = 0; i < 2; ++i) {
-    clear_tickets(differ);
+    clear(differ);
     run();
     llmfast::launch(Stream{0, nullptr}, {kTimed ? 512u : 2u}, 256, 0, compare_kernel, first,
                     reinterpret_cast<const uint32_t*>(buffers.out), buffers.out_bytes / 4, differ);
@@ -331,21 +325,11 @@ int main(int count, char** words) {
   using namespace llmfast;
   using namespace llmfast::cuda;
   const int64_t none = kUnbounded;
-  constexpr Loop kSimple = Loop::simple, kOverlapped = Loop::overlapped;
   const std::vector<Variant> variants = {
-      variant<HopperForwardTile<128, 2, 128, 2, 2, true, kOverlapped, true, 40, 232>, true>(),
-      variant<HopperForwardTile<128, 2, 128, 2, 2, true, kOverlapped, false, 40, 232>>(),
-      variant<HopperForwardTile<128, 2, 128, 2, 2, true, kSimple, false, 40, 232>>(),
-      variant<HopperForwardTile<128, 2, 160, 2, 2, false, kOverlapped, true, 40, 232>>(),
-      variant<HopperForwardTile<128, 2, 160, 2, 2, false, kOverlapped, false, 40, 232>>(),
-      variant<HopperForwardTile<128, 2, 64, 3, 3, true, kOverlapped, false, 40, 232>>(),
-      variant<HopperForwardTile<64, 2, 128, 2, 2, true, kOverlapped, true, 40, 232>>(),
-      variant<HopperForwardTile<64, 2, 128, 2, 2, true, kOverlapped, false, 40, 232>>(),
-      variant<HopperForwardTile<64, 2, 192, 2, 2, true, kOverlapped, true, 40, 232>>(),
-      variant<HopperForwardTile<64, 3, 128, 2, 2, true, kOverlapped, true, 32, 160>>(),
-      variant<HopperForwardTile<64, 3, 128, 2, 2, true, kOverlapped, false, 32, 160>>(),
-      variant<HopperForwardTile<256, 2, 80, 2, 2, false, kOverlapped, true, 40, 232>>(),
-      variant<HopperForwardTile<256, 2, 80, 2, 2, false, kSimple, false, 40, 232>>(),
+      variant<HopperForwardTile<128, 2, 128, 2, 2, true, 40, 232>, true>(),
+      variant<HopperForwardTile<64, 2, 128, 2, 2, true, 40, 232>>(),
+      variant<HopperForwardTile<64, 3, 128, 2, 2, true, 32, 160>>(),
+      variant<HopperForwardTile<256, 2, 80, 2, 2, false, 40, 232>>(),
   };
   // Small: every edge.
   const std::vector<Shape> checks = {
@@ -359,6 +343,7 @@ int main(int count, char** words) {
       {"packed-causal", 5, 2, 1, 620, 620, 0, 0, none, 0, 0.0f, {5, 300, 0, 1, 314}},
   };
   const std::vector<Shape> timed = {
+      {"causal-B16-T1k", 16, 32, 32, 1024, 1024, 0, 0, none, 0},
       {"causal-B8-T2k", 8, 16, 16, 2048, 2048, 0, 0, none, 0},
       {"causal-B4-T4k", 4, 16, 16, 4096, 4096, 0, 0, none, 0},
       {"causal-B2-T8k", 2, 16, 16, 8192, 8192, 0, 0, none, 0},
@@ -381,17 +366,16 @@ int main(int count, char** words) {
       for (Shape s : *shapes) {
         if (s.softcap > 0.0f && !v.softcap) continue;
         s.D = s.Dv = v.kD;
-        for (const auto& [suffix, blocks] : {std::pair<const char*, Blocks>{"persistent", Blocks::persistent},
-                                             {"blocks", Blocks::all},
-                                             {"tickets", Blocks::tickets}}) {
+        for (const auto& [suffix, order] :
+             {std::pair<const char*, Order>{"persistent", Order::chosen}, {"by-head", Order::by_head}}) {
           // How work is handed out hardly depends on the variant.
-          if (shapes == &timed && blocks != Blocks::persistent && v.name != "hd128-128x128-overlapped-turns") continue;
+          if (shapes == &timed && order != Order::chosen && v.name.find("x128") == std::string::npos) continue;
           const std::string name =
               std::string(shapes == &checks ? "check" : "time") + " " + v.name + " " + s.name + " " + suffix;
           bool wanted = true;
           for (int i = 1; i < count && !list; ++i) wanted = wanted && name.find(words[i]) != std::string::npos;
           if (list) std::printf("%s\n", name.c_str());
-          else if (wanted) run_case(name, s, v, blocks, multiprocessors);
+          else if (wanted) run_case(name, s, v, order, multiprocessors);
         }
       }
   }

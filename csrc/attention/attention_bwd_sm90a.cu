@@ -59,7 +59,7 @@ void launch_queries(const AttentionBackwardParams& p, const Stream& stream) {
                          attention_grad_q_kernel<T, Layout, kCapped>, Maps(p, Layout::kKeys, kOwnRows));
 }
 
-// The statistics' kernel before it zeroes the sums.
+// The statistics' kernel before it zeroes the sums, unless kOrdered, and the turns.
 template <class T, class Layout, bool kCapped>
 void launch_jointly(const AttentionBackwardParams& p, const Stream& stream) {
   const Maps maps(p, kOwnRows, Layout::kQueries);
@@ -85,8 +85,17 @@ void launch_kernels(const AttentionBackwardParams& p, const Stream& stream) {
 }
 
 template <class T, int kD>
+void launch_one_pass(const AttentionBackwardParams& p, const Stream& stream) {
+  float* const sums = p.workspace + attention_backward_workspace(p.B, p.Hq, p.Tq, p.first_q);
+  launch_query_statistics<T, kD / 8>(p, stream, sums, false);
+  launch_jointly<T, JointLayout<kD, 8192 / kD, 2, true>, false>(p, stream);
+  launch_rounding<T, kD>(p, stream);
+}
+
+template <class T, int kD>
 void launch_backward(const AttentionBackwardParams& p, const Stream& stream) {
-  if (p.softcap > 0.0f) launch_kernels<T, kD, true>(p, stream);
+  if (in_one_pass(p)) launch_one_pass<T, kD>(p, stream);
+  else if (p.softcap > 0.0f) launch_kernels<T, kD, true>(p, stream);
   else launch_kernels<T, kD, false>(p, stream);
 }
 

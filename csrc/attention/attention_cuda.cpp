@@ -1,6 +1,7 @@
 #include "attention/attention_cuda.h"
 
 #include "attention/attention_checks.h"
+#include "attention/cuda/one_pass.h"
 #include "gemm/gemm_cuda.h"
 
 namespace llmfast {
@@ -52,8 +53,20 @@ void attention_backward(const AttentionArguments& arguments, const AttentionGrad
   AttentionBackwardParams p = checked_attention(arguments, gradients);
   finish(p, arguments);
   if (p.B == 0 || p.Hq == 0) return;
-  require_workspace(arguments.workspace, cuda::attention_backward_workspace(p.B, p.Hq, p.Tq, p.first_q));
+  require_workspace(arguments.workspace, cuda::attention_backward_workspace(p.B, p.Hq, p.Tq, p.first_q) +
+                                             cuda::attention_backward_sums(p, stream.device));
   kBackward(p.q.dtype, p, stream);
+}
+
+int64_t cuda::attention_backward_sums(const AttentionParams& p, int device) {
+#ifdef LLMFAST_SM90A
+  const int64_t D = p.D > p.Dv ? p.D : p.Dv, width = D <= 64 ? 64 : 128;
+  if (D > 128 || p.q.dtype == DType::f32 || !in_one_pass(p)) return 0;
+  if (arch_cap() < Arch::sm90a || !runs_on(Arch::sm90a, device_info(device))) return 0;
+  return p.Hq * tile_count(p.B, p.Tq, false, 128) * (128 * width + 4) + 4;
+#else
+  return static_cast<void>(p), static_cast<void>(device), 0;
+#endif
 }
 
 }  // namespace llmfast

@@ -1,11 +1,108 @@
+#include <algorithm>
+
 #include "bindings/bindings.h"
+#include "bindings/eager.h"
 #include "linear_cross_entropy/linear_cross_entropy.h"
 
 namespace py = pybind11;
 
 namespace llmfast {
+namespace {
+
+// The targets as [M], if x [..., C], weight [V, C] and target [...] fit each other.
+bool read_targets(const TensorView& x, const TensorView& weight, const TensorView& target, TensorView* targets) {
+  if (!x.defined || !weight.defined || !target.defined || x.ndim != target.ndim + 1 || weight.ndim != 2) return false;
+  if (!is_floating(x.dtype) || weight.dtype != x.dtype || weight.shape[1] != x.shape[x.ndim - 1]) return false;
+  if (target.dtype != DType::i64 || !target.contiguous()) return false;
+  for (int i = 0; i < target.ndim; ++i)
+    if (target.shape[i] != x.shape[i]) return false;
+  *targets = {target.data, DType::i64, 1, true, 0, {target.numel()}, {1}};
+  return true;
+}
+
+enum class Reduction { none, sum, mean };
+
+bool read_reduction(py::handle name, Reduction* reduction) {
+  if (!PyUnicode_Check(name.ptr())) return false;
+  const auto is = [&](const char* word) { return PyUnicode_CompareWithASCIIString(name.ptr(), word) == 0; };
+  *reduction = is("mean") ? Reduction::mean : is("sum") ? Reduction::sum : Reduction::none;
+  return *reduction != Reduction::none || is("none");
+}
+
+float count_targets(const TensorView& targets, int64_t ignore_index) {
+  int64_t count = 0;
+  for (int64_t m = 0; m < targets.shape[0]; ++m) count += targets.as<int64_t>()[m] != ignore_index;
+  return static_cast<float>(count);
+}
+
+float reduced(const TensorView& losses, const TensorView& targets, int64_t ignore_index, Reduction reduction) {
+  double sum = 0;
+  for (int64_t m = 0; m < losses.shape[0]; ++m) sum += losses.as<float>()[m];
+  return static_cast<float>(sum) / (reduction == Reduction::mean ? count_targets(targets, ignore_index) : 1.0f);
+}
+
+// The loss; with Gradient::saved, (loss, lse).
+py::object cross_entropy_eager(py::handle x, py::handle weight, py::handle target, int64_t ignore_index,
+                               py::handle reduction_name, Gradient gradient) {
+  EagerTensor tx(x), tw(weight), tt(target);
+  const Plain plain = read_eager({&tx, &tw, &tt}, gradient);
+  TensorView targets, rows = tx.view;
+  Reduction reduction;
+  if (plain == Plain::no || !read_targets(tx.view, tw.view, tt.view, &targets)) return py::none();
+  if (!flatten_rows(&rows) || !read_reduction(reduction_name, &reduction)) return py::none();
+  if (plain == Plain::wants_gradient) return py::bool_(false);
+  const int64_t M = rows.shape[0];
+  const bool save = gradient == Gradient::saved, separate = reduction == Reduction::none;
+  const TensorView scratch = scratch_floats({2, M});
+  const TensorView first_row{scratch.data, DType::f32, 1, true, 0, {M}, {1}};
+  const TensorView second_row{scratch.as<float>() + M, DType::f32, 1, true, 0, {M}, {1}};
+  TensorView loss_view, lse_view = second_row;
+  py::object lse = py::none();
+  py::object loss = new_tensor(DType::f32, tt.view.shape, separate ? tt.view.ndim : 0, &loss_view);
+  if (save) lse = new_tensor(DType::f32, {M}, &lse_view);
+  const TensorView losses = separate ? TensorView{loss_view.data, DType::f32, 1, true, 0, {M}, {1}} : first_row;
+  {
+    py::gil_scoped_release release;
+    linear_cross_entropy_forward({rows, tw.view, targets, losses, lse_view, ignore_index});
+    if (!separate) *loss_view.as<float>() = reduced(losses, targets, ignore_index, reduction);
+  }
+  return save ? py::object(py::make_tuple(loss, lse)) : loss;
+}
+
+py::object cross_entropy_gradient(py::handle grad, py::handle x, py::handle weight, py::handle target, py::handle lse,
+                                  int64_t ignore_index, py::handle reduction_name, bool need_x, bool need_weight) {
+  EagerTensor tg(grad), tx(x), tw(weight), tt(target), tl(lse);
+  TensorView targets;
+  Reduction reduction;
+  if (read_eager({&tg, &tx, &tw, &tt, &tl}, Gradient::off) == Plain::no || !tg.view.defined) return py::none();
+  if (!read_targets(tx.view, tw.view, tt.view, &targets) || !read_reduction(reduction_name, &reduction)) return py::none();
+  TensorView rows = tx.view;
+  if (!flatten_rows(&rows) || tg.view.dtype != DType::f32 || !tg.view.contiguous()) return py::none();
+  const int64_t M = rows.shape[0];
+  if (tg.view.numel() != (reduction == Reduction::none ? M : 1)) return py::none();
+  LinearCrossEntropyBackwardParams params{{}, rows, tw.view, targets, tl.view, {}, {}, ignore_index};
+  py::object grad_x = py::none(), grad_weight = py::none();
+  if (need_x) grad_x = new_rows(tx.view, rows.shape[1], rows.dtype, &params.grad_x);
+  if (need_weight) grad_weight = new_tensor(rows.dtype, {tw.view.shape[0], tw.view.shape[1]}, &params.grad_weight);
+  {
+    py::gil_scoped_release release;
+    if (reduction == Reduction::none) {
+      params.grad = {tg.view.data, DType::f32, 1, true, 0, {M}, {1}};
+    } else {
+      params.grad = scratch_floats({M});
+      const float count = reduction == Reduction::mean ? count_targets(targets, ignore_index) : 1.0f;
+      std::fill_n(params.grad.as<float>(), M, *tg.view.as<float>() / count);
+    }
+    linear_cross_entropy_backward(params);
+  }
+  return py::make_tuple(grad_x, grad_weight);
+}
+
+}  // namespace
 
 void bind_linear_cross_entropy(py::module_& m) {
+  m.def("linear_cross_entropy", &cross_entropy_eager);
+  m.def("linear_cross_entropy_gradient", &cross_entropy_gradient);
   m.def(
       "linear_cross_entropy_forward",
       [](const TensorView& losses, const TensorView& lse, const TensorView& x, const TensorView& weight,

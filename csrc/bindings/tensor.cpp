@@ -22,20 +22,6 @@ void check_device(bool holds) {
   if (!holds) throw py::value_error(kDevice == dlpack::kCpu ? "expected a CPU tensor" : "expected a CUDA tensor");
 }
 
-const dlpack::ExchangeApi* exchange_api() {
-  static const dlpack::ExchangeApi* api = [] {
-    py::object type = py::module_::import("torch").attr("Tensor");
-    const dlpack::ExchangeApi* found = nullptr;
-    if (py::hasattr(type, "__dlpack_c_exchange_api__")) {
-      py::object capsule = type.attr("__dlpack_c_exchange_api__");
-      found = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-      if (!found) PyErr_Clear();
-    }
-    return found && found->header.version.major == 1 ? found : nullptr;
-  }();
-  return api;
-}
-
 PyObject* tensor_type() {
   static PyObject* type = py::object(py::module_::import("torch").attr("Tensor")).release().ptr();
   return type;
@@ -82,6 +68,20 @@ void read_by_attributes(PyObject* object, TensorView* view) {
 }
 
 }  // namespace
+
+const dlpack::ExchangeApi* exchange_api() {
+  static const dlpack::ExchangeApi* api = [] {
+    py::object type = py::module_::import("torch").attr("Tensor");
+    const dlpack::ExchangeApi* found = nullptr;
+    if (py::hasattr(type, "__dlpack_c_exchange_api__")) {
+      py::object capsule = type.attr("__dlpack_c_exchange_api__");
+      found = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+      if (!found) PyErr_Clear();
+    }
+    return found && found->header.version.major == 1 ? found : nullptr;
+  }();
+  return api;
+}
 
 bool read_tensor(PyObject* object, TensorView* view) {
   if (!PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(tensor_type()))) return false;

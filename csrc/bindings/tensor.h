@@ -3,9 +3,12 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include "core/dlpack_abi.h"
 #include "core/types.h"
 
 namespace llmfast {
+
+const dlpack::ExchangeApi* exchange_api();  // nullptr: this torch has none
 
 bool read_tensor(PyObject* object, TensorView* view);  // false: not a tensor; throws on an unsupported one
 

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "attention/attention_cuda.h"
+#include "attention/cuda/one_pass.h"
 #include "bindings_cuda/bindings.h"
 
 namespace py = pybind11;
@@ -24,6 +25,15 @@ void bind_attention(py::module_& m) {
       },
       WithoutGil());
   m.def("attention_backward_workspace", &cuda::attention_backward_workspace);
+  m.def("attention_backward_sums", [](int64_t B, int64_t Hq, int64_t Hkv, int64_t Tq, int64_t Tk, int64_t D, int64_t Dv,
+                                      Distance left, Distance right, float softcap, int device) {
+    AttentionParams p = {};
+    p.B = B, p.Hq = Hq, p.Hkv = Hkv, p.Tq = Tq, p.Tk = Tk, p.D = D, p.Dv = Dv, p.softcap = softcap;
+    p.left = left.value_or(kUnbounded), p.right = right.value_or(kUnbounded);
+    p.q.dtype = DType::bf16;
+    return cuda::attention_backward_sums(p, device);
+  });
+  m.def("set_attention_one_pass_from", [](int64_t queries) { return cuda::one_pass_from.exchange(queries); });
   m.def(
       "attention_backward",
       [](const TensorView& grad_q, const TensorView& grad_k, const TensorView& grad_v, const TensorView& grad_out,

@@ -15,6 +15,8 @@ from llmfast.ops._native_op import (
     check_shape,
     check_tensor,
     dense,
+    eager_function,
+    is_eager,
 )
 
 __all__ = ["attention", "varlen_attention"]
@@ -71,6 +73,12 @@ def attention(
         >>> llmfast.attention(q, k, v, causal=True).shape
         torch.Size([2, 8, 16, 64])
     """
+    if is_eager():
+        out = backend.native().attention(q, k, v, mask, causal, window, scale, softcap, torch.is_grad_enabled())
+        if out is not None:
+            if out is not False:
+                return out
+            return _differentiable(q, k, v, mask, *_band(causal, window), *_score_options(q, scale, softcap))
     q, k, v = _checked(q, k, v, 4)
     _check_mask(mask, q, k)
     left, right = _band(causal, window)
@@ -115,6 +123,15 @@ def varlen_attention(
         >>> llmfast.varlen_attention(*torch.randn(3, 10, 8, 64), bounds, bounds, causal=True).shape
         torch.Size([10, 8, 64])
     """
+    if is_eager():
+        out = backend.native().varlen_attention(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, causal, window, scale, softcap, torch.is_grad_enabled()
+        )
+        if out is not None:
+            if out is not False:
+                return out
+            options = *_band(causal, window), *_score_options(q, scale, softcap)
+            return _varlen_differentiable(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
     q, k, v = _checked(q, k, v, 3)
     for name, bounds in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         check_tensor(name, bounds)
@@ -401,10 +418,14 @@ def _run_cuda_forward(out, lse, q, k, v, mask, cu_seqlens_q, *rest) -> None:
 
 
 def _run_cuda_backward(*args) -> None:
-    native, lse, cu_seqlens_q = backend.native_cuda(), args[5], args[10]
+    native = backend.native_cuda()
+    lse, q, k, v, mask, cu_seqlens_q, _, left, right, _, softcap = args[5:]
     packed = cu_seqlens_q is not None
     B = cu_seqlens_q.numel() - 1 if packed else lse.shape[0]
     floats = native.attention_backward_workspace(B, *lse.shape[-2:], packed)
+    if not packed and mask is None and q.dtype != torch.float32:
+        shape = B, q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3]
+        floats += native.attention_backward_sums(*shape, left, right, softcap, lse.device.index or 0)
     native.attention_backward(*args, lse.new_empty(floats), backend.stream_of(lse))
 
 
@@ -435,6 +456,44 @@ def _varlen_gradient(ctx, grad, _):
 def _needed(ctx, grads):
     return (g if need else None for g, need in zip(grads, ctx.needs_input_grad))
 
+
+def _eager_forward(ctx, q, k, v, mask, *options):
+    out, lse = backend.native().attention_saved(q, k, v, mask, None, None, *options)
+    ctx.save_for_backward(q, k, v, out, lse, mask)
+    ctx.options = options
+    return out
+
+
+def _eager_gradient(ctx, grad):
+    grads = backend.native().attention_gradient(grad, *ctx.saved_tensors, None, None, *ctx.options)
+    return None if grads is None else (*grads, None, None, None, None, None)
+
+
+def _eager_gradient_by_ops(ctx, grad):
+    return _gradient(ctx, grad, None)
+
+
+def _varlen_eager_forward(ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, *options):
+    out, lse = backend.native().attention_saved(q, k, v, None, cu_seqlens_q, cu_seqlens_k, *options)
+    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k)
+    ctx.options = options
+    return out
+
+
+def _varlen_eager_gradient(ctx, grad):
+    *tensors, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
+    grads = backend.native().attention_gradient(grad, *tensors, None, cu_seqlens_q, cu_seqlens_k, *ctx.options)
+    return None if grads is None else (*grads, None, None, None, None, None, None)
+
+
+def _varlen_eager_gradient_by_ops(ctx, grad):
+    return _varlen_gradient(ctx, grad, None)
+
+
+_differentiable = eager_function("attention", _eager_forward, _eager_gradient, _eager_gradient_by_ops)
+_varlen_differentiable = eager_function(
+    "varlen_attention", _varlen_eager_forward, _varlen_eager_gradient, _varlen_eager_gradient_by_ops
+)
 
 _OPTIONS = "SymInt? left, SymInt? right, float scale, float softcap"
 

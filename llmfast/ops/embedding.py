@@ -5,7 +5,17 @@ from __future__ import annotations
 import torch
 
 from llmfast import backend, reference
-from llmfast.ops._native_op import NativeOp, check_dtype, check_floating, check_shape, check_tensor, dense
+from llmfast.ops._native_op import (
+    SAVED,
+    NativeOp,
+    check_dtype,
+    check_floating,
+    check_shape,
+    check_tensor,
+    dense,
+    eager_function,
+    is_eager,
+)
 
 __all__ = ["embedding"]
 
@@ -43,6 +53,16 @@ def embedding(
         >>> llmfast.embedding(torch.tensor([[1, 2]]), torch.randn(10, 4), torch.randn(8, 4)).shape
         torch.Size([1, 2, 4])
     """
+    if is_eager():
+        out = backend.native().embedding(
+            input_ids, weight, position_weight, position_ids, out_dtype, torch.is_grad_enabled()
+        )
+        if out is not None:
+            if out is not False:
+                return out
+            if position_ids is not None:
+                position_ids = position_ids.expand(input_ids.shape)
+            return _differentiable(input_ids, weight, position_weight, position_ids, out_dtype)
     _check(input_ids, weight, position_weight, position_ids, out_dtype)
     if position_ids is not None:
         position_ids = position_ids.expand(input_ids.shape)
@@ -180,6 +200,26 @@ def _gradient(ctx, grad):
         None,
     )
 
+
+def _eager_forward(ctx, *args):
+    out = backend.native().embedding(*args, SAVED)
+    _setup_context(ctx, args, out)
+    return out
+
+
+def _eager_gradient(ctx, grad):
+    native = backend.native().embedding_gradient
+    input_ids, position_ids = ctx.saved_tensors
+    _, need_weight, need_position, _, _ = ctx.needs_input_grad
+    grad_weight = grad_position = None
+    if need_weight and (grad_weight := native(grad, input_ids, ctx.V, ctx.dtype)) is None:
+        return None
+    if need_position and (grad_position := native(grad, position_ids, ctx.P, ctx.dtype)) is None:
+        return None
+    return None, grad_weight, grad_position, None, None
+
+
+_differentiable = eager_function("embedding", _eager_forward, _eager_gradient, _gradient)
 
 _embedding_backward = NativeOp(
     "embedding_backward(Tensor grad, Tensor? ids, SymInt V, ScalarType dtype) -> Tensor",

@@ -6,12 +6,14 @@ import torch
 
 from llmfast import backend, reference
 from llmfast.ops._native_op import (
+    SAVED,
     NativeOp,
     as_matrix,
     autocast,
     check_dtype,
     check_floating,
     check_shape,
+    eager_function,
     is_eager,
 )
 
@@ -41,7 +43,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     if is_eager():
         out = backend.native().linear(x, weight, bias, torch.is_grad_enabled())
         if out is not None:
-            return out
+            return out if out is not False else _differentiable(x, weight, bias)
     check_floating("x", x)
     check_floating("weight", weight)
     x, weight, bias = autocast(x, weight, bias)
@@ -142,6 +144,17 @@ def _gradient(ctx, grad):
     grads = linear_backward(grad, *ctx.saved_tensors, *needed)
     return tuple(g if need else None for g, need in zip(grads, needed))
 
+
+def _eager_forward(ctx, x, weight, bias):
+    ctx.save_for_backward(x, weight)
+    return backend.native().linear(x, weight, bias, SAVED)
+
+
+def _eager_gradient(ctx, grad):
+    return backend.native().linear_gradient(grad, *ctx.saved_tensors, *ctx.needs_input_grad)
+
+
+_differentiable = eager_function("linear", _eager_forward, _eager_gradient, _gradient)
 
 linear_backward = NativeOp(
     "linear_backward(Tensor grad, Tensor x, Tensor weight, bool need_x, bool need_weight, bool need_bias)"

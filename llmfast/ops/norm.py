@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from llmfast import backend, reference
-from llmfast.ops._native_op import NativeOp, check_floating, dense, is_eager
+from llmfast.ops._native_op import SAVED, NativeOp, check_floating, dense, eager_function, is_eager
 
 __all__ = ["add_layer_norm", "add_rms_norm"]
 
@@ -50,7 +50,7 @@ def add_layer_norm(
     if is_eager() and out_dtype in _OUT_DTYPES:
         done = backend.native().add_norm(x, residual, weight, bias, eps, out_dtype, True, torch.is_grad_enabled())
         if done is not None:
-            return done
+            return done if done is not False else _differentiate(x, residual, weight, bias, eps, out_dtype, True)
     _check(x, residual, weight, bias, out_dtype)
     if not x.is_cpu and (reason := backend.why_not_native(x.device)):
         backend.count_fallback("add_layer_norm", reason)
@@ -79,7 +79,7 @@ def add_rms_norm(
     if is_eager() and out_dtype in _OUT_DTYPES:
         done = backend.native().add_norm(x, residual, weight, None, eps, out_dtype, False, torch.is_grad_enabled())
         if done is not None:
-            return done
+            return done if done is not False else _differentiate(x, residual, weight, None, eps, out_dtype, False)
     _check(x, residual, weight, None, out_dtype)
     if not x.is_cpu and (reason := backend.why_not_native(x.device)):
         backend.count_fallback("add_rms_norm", reason)
@@ -294,6 +294,30 @@ def _rms_norm_gradient(ctx, grad_normed, grad_summed, _rstd):
     grads = _gradients(ctx, grad_normed, grad_summed, (*ctx.needs_input_grad[:3], False))
     return *grads[:3], None, None
 
+
+def _differentiate(x, residual, weight, bias, eps: float, out_dtype: torch.dtype | None, centred: bool):
+    outputs = _differentiable(x, residual, weight, bias, eps, out_dtype, centred)
+    return (outputs, x) if residual is None else outputs
+
+
+def _eager_forward(ctx, x, residual, weight, bias, eps: float, out_dtype: torch.dtype | None, centred: bool):
+    normed, summed, mean, rstd = backend.native().add_norm(x, residual, weight, bias, eps, out_dtype, centred, SAVED)
+    _save(ctx, x, residual, weight, bias, eps, (normed, summed), mean, rstd)
+    return normed if residual is None else (normed, summed)
+
+
+def _eager_gradient(ctx, grad_normed, grad_summed=None):
+    grads = backend.native().add_norm_gradient(
+        grad_normed, grad_summed, *ctx.saved_tensors, ctx.eps, *ctx.needs_input_grad[:4], ctx.x_dtype, ctx.bias_dtype
+    )
+    return None if grads is None else (*grads, None, None, None)
+
+
+def _eager_gradient_by_ops(ctx, grad_normed, grad_summed=None):
+    return *_gradients(ctx, grad_normed, grad_summed, ctx.needs_input_grad[:4]), None, None, None
+
+
+_differentiable = eager_function("add_norm", _eager_forward, _eager_gradient, _eager_gradient_by_ops)
 
 _norm_backward = NativeOp(
     "add_norm_backward(Tensor grad_normed, Tensor? grad_summed, Tensor summed, Tensor? weight, Tensor? mean,"

@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 
 from llmfast import backend, reference
-from llmfast.ops._native_op import NativeOp, check_dtype, check_floating, check_shape, dense
+from llmfast.ops._native_op import (
+    SAVED,
+    NativeOp,
+    check_dtype,
+    check_floating,
+    check_shape,
+    dense,
+    eager_function,
+    is_eager,
+)
 
 __all__ = ["rotary", "rotary_tables"]
 
@@ -43,6 +52,10 @@ def rotary(
         >>> cos, sin = llmfast.rotary_tables(16, 64)
         >>> q, k = llmfast.rotary(torch.randn(1, 8, 16, 64), torch.randn(1, 2, 16, 64), cos, sin)
     """
+    if is_eager() and q is not None and k is not None:
+        done = backend.native().rotary_pair(q, k, cos, sin, rotary_dim, False, torch.is_grad_enabled())
+        if done is not None:
+            return done if done is not False else _differentiable(q, k, cos, sin, rotary_dim)
     cos, sin = _check(q, k, cos, sin, rotary_dim)
     if not q.is_cpu and (reason := backend.why_not_native(q.device)):
         backend.count_fallback("rotary", reason)
@@ -94,8 +107,7 @@ def _check(q, k, cos, sin, rotary_dim: int | None) -> tuple[torch.Tensor, torch.
     if cos.dim() not in (2, 3):
         raise ValueError(f"cos: got shape {tuple(cos.shape)}, expected (T, R/2) or (B, T, R/2)")
     width = cos.shape[-1]
-    if rotary_dim is None:
-        rotary_dim = width if 2 * width > D else 2 * width
+    rotary_dim = _rotated(width, D, rotary_dim)
     if rotary_dim % 2 or not 0 <= rotary_dim <= D or width not in (rotary_dim, rotary_dim // 2):
         raise ValueError(
             f"cos: got shape {tuple(cos.shape)}, expected a last dimension of R/2 or R for an even R <= D = {D}"
@@ -106,6 +118,13 @@ def _check(q, k, cos, sin, rotary_dim: int | None) -> tuple[torch.Tensor, torch.
     check_shape("sin", sin, cos.shape)
     half = rotary_dim // 2
     return (cos, sin) if width == half else (cos[..., :half], sin[..., :half])
+
+
+def _rotated(width: int, D: int, rotary_dim: int | None) -> int:
+    """R, from the width of the tables unless it was given."""
+    if rotary_dim is not None:
+        return rotary_dim
+    return width if 2 * width > D else 2 * width
 
 
 def _contiguous_rows(t: torch.Tensor) -> torch.Tensor:
@@ -152,18 +171,45 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _gradient(ctx, grad_q, grad_k):
+    return *_rotate_back(ctx, grad_q, grad_k, *ctx.saved_tensors, not ctx.inverse), None, None, None
+
+
+def _rotate_back(ctx, grad_q, grad_k, cos, sin, inverse: bool):
     if grad_q is None and grad_k is None:
-        return None, None, None, None, None
+        return None, None
     B, _, T, D = ctx.shapes[0]
     some = grad_k if grad_q is None else grad_q
     nothing = some.new_empty(B, 0, T, D)  # no heads: costs nothing
     rotated_q, rotated_k = _rotary(
         nothing if grad_q is None else grad_q,
         nothing if grad_k is None else grad_k,
-        *ctx.saved_tensors,
-        not ctx.inverse,
+        cos,
+        sin,
+        inverse,
     )
-    return None if grad_q is None else rotated_q, None if grad_k is None else rotated_k, None, None, None
+    return None if grad_q is None else rotated_q, None if grad_k is None else rotated_k
+
+
+def _eager_forward(ctx, q, k, cos, sin, rotary_dim: int | None):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(cos, sin)
+    ctx.shapes = q.shape, k.shape
+    ctx.rotary_dim = rotary_dim
+    return backend.native().rotary_pair(q, k, cos, sin, rotary_dim, False, SAVED)
+
+
+def _eager_gradient(ctx, grad_q, grad_k):
+    grads = backend.native().rotary_pair(grad_q, grad_k, *ctx.saved_tensors, ctx.rotary_dim, True, False)
+    return None if grads is None else (*grads, None, None, None)
+
+
+def _eager_gradient_by_ops(ctx, grad_q, grad_k):
+    cos, sin = ctx.saved_tensors
+    half = _rotated(cos.shape[-1], ctx.shapes[0][3], ctx.rotary_dim) // 2
+    return *_rotate_back(ctx, grad_q, grad_k, cos[..., :half], sin[..., :half], True), None, None, None
+
+
+_differentiable = eager_function("rotary", _eager_forward, _eager_gradient, _eager_gradient_by_ops)
 
 
 _rotary = NativeOp(

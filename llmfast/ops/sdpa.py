@@ -7,8 +7,16 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from llmfast import backend
-from llmfast.ops._native_op import autocast, overrides_torch
-from llmfast.ops.attention import _FLOATING, _attention, _score_options, _shapes_fit, _why_not_on_device, broadcasts
+from llmfast.ops._native_op import autocast, is_eager, overrides_torch
+from llmfast.ops.attention import (
+    _FLOATING,
+    _attention,
+    _differentiable,
+    _score_options,
+    _shapes_fit,
+    _why_not_on_device,
+    broadcasts,
+)
 
 __all__ = ["scaled_dot_product_attention"]
 
@@ -48,6 +56,15 @@ def scaled_dot_product_attention(
         >>> llmfast.scaled_dot_product_attention(q, q, q, is_causal=True).shape
         torch.Size([2, 8, 16, 64])
     """
+    if is_eager():
+        out = backend.native().scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, torch.is_grad_enabled()
+        )
+        if out is not None:
+            if out is not False:
+                return out
+            right = query.shape[2] - key.shape[2] if is_causal else None
+            return _differentiable(query, key, value, attn_mask, None, right, *_score_options(query, scale, None))
     prepared = _prepare_twin(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     if isinstance(prepared, str):
         backend.count_fallback("scaled_dot_product_attention", prepared)

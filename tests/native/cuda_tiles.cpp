@@ -1,11 +1,15 @@
 // Brute-force checks of the index arithmetic that the CUDA kernels share with the host: swizzles, fragment maps, tile
 // order, depth parts, bands and packed tiles. Prints nothing and returns 0 if all hold.
+#include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <set>
 #include <tuple>
 #include <vector>
 
+#include "attention/cuda/forward_order.h"
+#include "attention/cuda/one_pass.h"
 #include "attention/cuda/tiles.h"
 #include "gemm/cuda/hopper_schedule.h"
 #include "gemm/cuda/schedule.h"
@@ -176,6 +180,75 @@ void check_packed(const std::vector<int64_t>& lengths, int rows) {
   for (const int count : covered) CHECK(count == 1);
 }
 
+// Blocks of `block` keys that add to tiles of `queries` queries, taken descending, one after another: the blocks of a
+// tile follow one another without a gap, whoever is waited for has a smaller place, and with any number of blocks at a
+// time all finish. Each kv head serves `group` heads of queries.
+void check_turns(const Band& band, int queries, int block, int heads, int group) {
+  const int tiles = (band.Tq + queries - 1) / queries, blocks = (band.Tk + block - 1) / block;
+  std::vector<Span> of_block(blocks);
+  for (int n = 0; n < blocks; ++n)
+    of_block[n] = tiles_of_block(band.transposed(), n * block, std::min((n + 1) * block, band.Tk), queries);
+  for (int tile = 0; tile < tiles; ++tile) {
+    int earlier = 0;
+    for (int n = 0; n < blocks; ++n)
+      if (of_block[n].has(tile)) CHECK(n - first_block_of_tile(band, tile * queries, queries, block) == earlier++);
+  }
+  for (int query = 0; query < band.Tq; ++query)
+    for (int key = 0; key < band.Tk; ++key)
+      if (band.keys_of(query).has(key)) CHECK(of_block[key / block].has(query / queries));
+  for (const int section : {1, 2, heads}) {
+    std::vector<int> before(heads, 0);  // blocks of a head: ascending
+    for (int index = 0; index < blocks * heads; ++index) {
+      const BlockPlace place = block_place(index, blocks, heads, section);
+      CHECK(place.head >= 0 && place.head < heads && place.tile == before[place.head]++);
+    }
+    for (const int resident : {1, 2, 5, blocks * heads}) {
+      struct Running {
+        BlockPlace place;
+        int member, tile;
+      };
+      std::vector<Running> running;
+      std::vector<int> turns(heads * group * tiles, 0);
+      int next = 0;
+      for (bool progress = true; progress;) {
+        progress = false;
+        while (static_cast<int>(running.size()) < resident && next < blocks * heads) {
+          const BlockPlace place = block_place(next++, blocks, heads, section);
+          running.push_back({place, 0, of_block[place.tile].end - 1});
+        }
+        for (size_t i = running.size(); i-- > 0;) {  // the last first: the one that waits longest
+          Running& r = running[i];
+          const Span own = of_block[r.place.tile];
+          if (own.empty() || r.member == group) {
+            running.erase(running.begin() + static_cast<int64_t>(i));
+            progress = true;
+            continue;
+          }
+          int& turn = turns[(r.place.head * group + r.member) * tiles + r.tile];
+          if (turn != r.place.tile - first_block_of_tile(band, r.tile * queries, queries, block)) continue;
+          ++turn;
+          progress = true;
+          if (--r.tile < own.begin) ++r.member, r.tile = own.end - 1;
+        }
+      }
+      CHECK(running.empty() && next == blocks * heads);
+    }
+  }
+}
+
+// Long sequences go in one pass, short ones and narrow windows do not.
+void check_way() {
+  AttentionParams p = {};
+  p.B = 2, p.Hq = p.Hkv = 16, p.Tq = p.Tk = 8192, p.left = kUnbounded, p.right = 0;
+  CHECK(std::abs(mean_queries_of_key(p) - 4096.5) < 1 && in_one_pass(p));
+  p.Tq = p.Tk = 4096;
+  CHECK(!in_one_pass(p));
+  p.Hkv = 4, p.B = 4;
+  CHECK(in_one_pass(p));
+  p.softcap = 2.0f;
+  CHECK(!in_one_pass(p));
+}
+
 // Offsets that make no sense must lead to no token outside the tensors.
 void check_wrong_offsets() {
   AttentionParams p = {};
@@ -194,6 +267,32 @@ void check_wrong_offsets() {
   }
 }
 
+// Each tile of each head once, blocks' shares too; with a causal mask no block does much more than the mean.
+void check_forward_order(int64_t units, int64_t group, int64_t tiles, bool differ, int blocks) {
+  const int sections = forward_sections(units, group, tiles, differ, blocks);
+  CHECK(sections >= 1 && sections <= units);
+  const ForwardOrder order{static_cast<int>(units), static_cast<int>(group), static_cast<int>(tiles), sections};
+  CHECK(order.count() == units * group * tiles);
+  std::set<std::tuple<int, int, int>> seen;
+  std::vector<int64_t> sums(blocks, 0);
+  int64_t sum = 0;
+  for (int round = 0; round * blocks < order.count(); ++round)
+    for (int block = 0; block < blocks; ++block) {
+      const int index = ForwardOrder::share(round, block, blocks);
+      CHECK(index >= round * blocks && index < (round + 1) * blocks);
+      if (index >= order.count()) continue;
+      const ForwardOrder::Piece piece = order.at(index);
+      CHECK(piece.unit >= 0 && piece.unit < units && piece.head >= 0 && piece.head < group);
+      CHECK(piece.tile >= 0 && piece.tile < tiles && seen.insert({piece.unit, piece.head, piece.tile}).second);
+      sums[block] += piece.tile + 1;
+      sum += piece.tile + 1;
+    }
+  CHECK(static_cast<int>(seen.size()) == order.count());
+  CHECK(order.count() == 0 || order.at(order.count() - 1).tile == 0);
+  if (!differ || order.count() < 8 * blocks) return;
+  for (const int64_t s : sums) CHECK(s * blocks <= sum + sum / 20 + blocks * (tiles / 16 + 1));
+}
+
 int main() {
   check_swizzle<32>();
   check_swizzle<64>();
@@ -206,7 +305,13 @@ int main() {
   for (const int Tq : {1, 13, 20})
     for (const int Tk : {1, 13, 30})
       for (const int64_t left : distances)
-        for (const int64_t right : distances) check_band(Tq, Tk, left, right);
+        for (const int64_t right : distances) {
+          check_band(Tq, Tk, left, right);
+          check_turns({Tq, Tk, left, right}, 2, 4, 3, 2);
+          check_turns({Tq, Tk, left, right}, 4, 4, 2, 1);
+          check_turns({Tq, Tk, left, right}, 3, 2, 4, 1);
+        }
+  check_way();
   for (const int rows : {4, 16, 64}) {
     check_packed({5, 0, 70, 1}, rows);
     check_packed({0, 0, 3}, rows);
@@ -220,4 +325,9 @@ int main() {
   }
   CHECK(dense.size() == 15 && token_tile(0, 3, 70, nullptr, 16).first == 64);
   check_wrong_offsets();
+  for (const int64_t units : {1, 3, 8, 30, 64})
+    for (const int64_t group : {1, 3, 4})
+      for (const int64_t tiles : {1, 5, 32, 128})
+        for (const bool differ : {false, true})
+          for (const int blocks : {1, 7, 132}) check_forward_order(units, group, tiles, differ, blocks);
 }

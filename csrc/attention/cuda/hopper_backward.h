@@ -8,6 +8,7 @@
 // asks for copies, and warps 1 to 3 inspect tiles whose hidden rows might hold NaN or infinity, where there can be any.
 #pragma once
 #include "attention/attention_cuda.h"
+#include "attention/cuda/one_pass.h"
 #include "attention/cuda/rows.h"
 #include "attention/cuda/scores.h"
 #include "core/cuda_launch.h"
@@ -187,9 +188,10 @@ __device__ inline int* counters_of(const AttentionParams& p) {
 constexpr int kSlotThreads = 256;
 
 // kLanes lanes a row, eight elements each: Dv <= 8 kLanes. `sums`: 8 kLanes floats a row, and behind them the turns, to
-// be zeroed, or null.
+// be zeroed, or null; without `zeroes` the turns alone.
 template <class T, int kLanes>
-__global__ void __launch_bounds__(kSlotThreads) query_statistics_kernel(const AttentionBackwardParams p, float* sums) {
+__global__ void __launch_bounds__(kSlotThreads) query_statistics_kernel(const AttentionBackwardParams p, float* sums,
+                                                                        const bool zeroes) {
   const int64_t slots = slots_of_head(p.B, p.Tq, p.first_q != nullptr), rows = slots * kSlotRows;
   const int64_t index = (blockIdx.x * int64_t{kSlotThreads} + thread()) / kLanes;  // whole blocks: rows % 128 == 0
   const int64_t head = index / rows, slot = index % rows / kSlotRows;
@@ -202,7 +204,7 @@ __global__ void __launch_bounds__(kSlotThreads) query_statistics_kernel(const At
     if (index % (kSlotRows / kSlotTurns) == 0) turns[index / (kSlotRows / kSlotTurns)] = 0;
     if (index == 0) turns[p.Hq * slots * kSlotTurns] = 0;
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
+    for (int half = 0; half < 2 && zeroes; ++half)
       store_streaming(sums + index * (8 * kLanes) + (half * kLanes + threadIdx.x % kLanes) * 4, Bytes16{{0, 0, 0, 0}});
   }
   const bool exists = token < sequence.Tq;
@@ -225,10 +227,11 @@ __global__ void __launch_bounds__(kSlotThreads) query_statistics_kernel(const At
 }
 
 template <class T, int kLanes>
-void launch_query_statistics(const AttentionBackwardParams& p, const Stream& stream, float* sums = nullptr) {
+void launch_query_statistics(const AttentionBackwardParams& p, const Stream& stream, float* sums = nullptr,
+                             bool zeroes = true) {
   const int64_t rows = slots_of_head(p.B, p.Tq, p.first_q != nullptr) * kSlotRows * p.Hq;
   launch(stream, {static_cast<unsigned>(rows * kLanes / kSlotThreads)}, kSlotThreads, 0,
-         query_statistics_kernel<T, kLanes>, p, sums);
+         query_statistics_kernel<T, kLanes>, p, sums, zeroes);
 }
 
 }  // namespace llmfast::cuda

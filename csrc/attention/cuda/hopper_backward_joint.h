@@ -6,9 +6,11 @@
 // fragments lie, [warpgroup][4 columns of fragments][thread][4]; a last kernel scales and rounds them.
 //
 // With kOrdered the blocks of a head take turns at each tile, ascending, so that the sums' bits do not depend on the
-// time. Blocks get their place from a counter, so that whoever is waited for has started; they take tiles of queries
-// descending, so that under a causal mask, too, a head's blocks begin with the same tile, one step after another; and
-// the places of several heads alternate, so that few blocks of a head begin at once.
+// time; the first stores its share, so that nobody zeroes the sums. Blocks get their place from a counter, so that
+// whoever is waited for has started: it has a smaller place (tests/native/cuda_tiles.cpp checks that), so the block of
+// the smallest place that has not finished never waits. They take tiles of queries descending, so that under a causal
+// mask, too, a head's blocks begin with the same tile, one step after another; and the places of several heads
+// alternate, so that few blocks of a head begin at once.
 //
 // Shared memory: K and V; a ring of kStages times Q, grad_out, statistics; two tiles of dS^T; 16 KB a warpgroup on
 // their way to the sums. Of warpgroup 2, warp 0 asks for copies, warp 1 inspects, warps 2 and 3 add.
@@ -95,16 +97,6 @@ inline int64_t query_sums_floats(int64_t B, int64_t Hq, int64_t Tq, bool packed,
   return Hq * slots_of_head(B, Tq, packed) * (kSlotRows * kD + kSlotTurns) + 4;
 }
 
-// Places of blocks: a section of heads after another; in a section the first tiles of all heads, then the second ones.
-struct BlockPlace {
-  int tile, head;
-};
-__host__ __device__ inline BlockPlace block_place(int index, int tiles, int heads, int section) {
-  const int first = index / (tiles * section) * section;
-  const int inside = index - first * tiles, width = heads - first < section ? heads - first : section;
-  return {inside / width, first + inside % width};
-}
-
 // Own keys that hold NaN or infinity become zeros, so that they do not spoil the sums of queries that do not see them.
 template <class T, class Layout>
 __device__ void inspect_own_keys(Layout shared) {
@@ -139,14 +131,17 @@ __device__ void add_shares(const AttentionParams& p, const KeysWork& w, Layout s
 #pragma unroll 1
     for (int i = 0; i < w.end_tile - w.first_tile; ++i, parity ^= 1) {
       const int tile = w.tile(shared, i), first = tile * kQueries;
+      bool stores = false;  // the first to come: nobody has zeroed the sums
       mbarrier_wait(shared.share_full(warpgroup), parity);
       if (Layout::kOrdered) {
-        const int end = first + kQueries < w.sequence.Tq ? first + kQueries : w.sequence.Tq;
-        const int earlier = w.first / kOwnRows - band.seen_by_any(first, end).begin / kOwnRows;
+        const int earlier = w.first / kOwnRows - first_block_of_tile(band, first, kQueries, kOwnRows);
         wait_for_turn(turns + tile * kTurns, earlier);
         fence_async_proxy_global();
+        stores = earlier == 0;
       }
-      bulk_add_floats(sums + int64_t{tile} * (2 * Layout::kShare), shared.share(warpgroup), Layout::kShareBytes);
+      float* const to = sums + int64_t{tile} * (2 * Layout::kShare);
+      if (stores) bulk_store_bytes(to, shared.share(warpgroup), Layout::kShareBytes);
+      else bulk_add_floats(to, shared.share(warpgroup), Layout::kShareBytes);
       bulk_commit();
       bulk_wait_read<0>();
       mbarrier_arrive(shared.share_empty(warpgroup));

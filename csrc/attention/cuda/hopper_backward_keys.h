@@ -44,11 +44,11 @@ struct KeysWork {
     const int Tq = w.sequence.Tq, Tk = w.sequence.Tk, end = w.first + kOwnRows < Tk ? w.first + kOwnRows : Tk;
     w.first_tile = w.end_tile = 0, w.full = {0, 0}, w.inspects = w.none = false;
     if (w.nothing()) return w;
-    const Span seen = w.band(p).seen_by_any(w.first, end);
     const bool others = p.first_k && w.first + kOwnRows > Tk;  // rows of the next sequence, that nothing sees
     if (!others) w.full = w.band(p).seen_by_all(w.first, end);
-    if (seen.empty() || p.left + p.right < 0) return w;
-    w.first_tile = seen.begin / kQueries, w.end_tile = (seen.end + kQueries - 1) / kQueries;
+    const Span seen = tiles_of_block(w.band(p), w.first, end, kQueries);
+    if (seen.empty()) return w;
+    w.first_tile = seen.begin, w.end_tile = seen.end;
     const int last = w.end_tile * kQueries < Tq ? w.end_tile * kQueries - 1 : Tq - 1;
     const Band keys{Tq, Tk, p.left, p.right};
     w.inspects = (p.first_q && w.end_tile * kQueries > Tq) || keys.keys_of(w.first_tile * kQueries).empty() ||

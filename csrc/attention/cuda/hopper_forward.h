@@ -1,6 +1,7 @@
-// Parts of the Hopper attention forward (attention_fwd_sm90a.cu): shared-memory plan, order of work, softmax on
-// accumulators, rows that hold NaN.
+// Parts of the Hopper attention forward (attention_fwd_sm90a.cu): shared-memory plan, work, masks of keys, softmax on
+// accumulators, products.
 #pragma once
+#include "attention/cuda/forward_order.h"
 #include "attention/cuda/rows.h"
 #include "attention/cuda/scores.h"
 #include "ptx/barrier.h"
@@ -14,18 +15,18 @@ namespace llmfast::cuda {
 constexpr int kWarpgroup = 128, kGroupRows = 64;  // threads of a warpgroup; queries that one owns
 constexpr int kPanel = 64;                        // elements in a 128-byte row of a box
 
-// How a consumer orders products and softmax (hopper_forward_consumer.h).
-enum class Loop { simple, overlapped };
+// What may hide keys or change scores. band: `left` and `right` alone; boolean: also a boolean mask tensor; anything:
+// also any other, a softcap, a scale that is not positive.
+enum class Masking { band, boolean, anything };
 
 // kConsumers warpgroups of 64 queries against kKeys keys a step, heads padded to kD. kOutApart: the output has shared
 // memory of its own, so that the next tile's Q can come while this tile's output goes.
-template <int kD_, int kConsumers_, int kKeys_, int kKeyStages_, int kValueStages_, bool kOutApart_, Loop kLoop_,
-          bool kTurns_, int kProducerRegisters_, int kConsumerRegisters_>
+template <int kD_, int kConsumers_, int kKeys_, int kKeyStages_, int kValueStages_, bool kOutApart_,
+          int kProducerRegisters_, int kConsumerRegisters_>
 struct HopperForwardTile {
   static constexpr int kD = kD_, kConsumers = kConsumers_, kKeys = kKeys_, kRows = kConsumers * kGroupRows;
   static constexpr int kKeyStages = kKeyStages_, kValueStages = kValueStages_;
-  static constexpr bool kOutApart = kOutApart_, kTurns = kTurns_;
-  static constexpr Loop kLoop = kLoop_;
+  static constexpr bool kOutApart = kOutApart_;
   static constexpr int kProducerRegisters = kProducerRegisters_, kConsumerRegisters = kConsumerRegisters_;
   static constexpr int kThreads = kWarpgroup * (1 + kConsumers), kPanels = kD / kPanel;
   static constexpr int kQueryPanel = kRows * 128, kKeyPanel = kKeys * 128;  // bytes
@@ -37,7 +38,9 @@ struct HopperForwardTile {
   static constexpr int kBadAt = kValuesAt + kValueStages * kKeyBytes;  // which values hold NaN or infinity
   static constexpr int kWorkAt = kBadAt + kValueStages * kWords * 4;  // two HopperWork
   static constexpr int kScratchAt = kWorkAt + 2 * 64;                 // nobody reads it
-  static constexpr int kBarriersAt = kScratchAt + 4 * kWarpSize;
+  static constexpr int kMaskKeys = kD <= 128 ? 16384 : 4096;  // most keys of a boolean mask of keys, a bit each
+  static constexpr int kMaskAt = kScratchAt + 4 * kWarpSize;  // beside each HopperWork
+  static constexpr int kBarriersAt = kMaskAt + 2 * kMaskKeys / 8;
   static constexpr int kQueriesFull = kBarriersAt, kQueriesEmpty = kQueriesFull + 8;
   static constexpr int kKeysFull = kQueriesEmpty + 8, kKeysEmpty = kKeysFull + 8 * kKeyStages;
   static constexpr int kValuesFull = kKeysEmpty + 8 * kKeyStages, kValuesEmpty = kValuesFull + 8 * kValueStages;
@@ -53,8 +56,7 @@ struct HopperForwardTile {
 // What a kernel is given besides the tensors' maps. Dimensions along which a tensor does not move (stride 0) have
 // size 1 in its map; the coordinate is multiplied by 0.
 struct HopperForwardParams : AttentionParams {
-  int64_t query_tiles;  // of all sequences, for one head
-  int* tickets;         // work is handed out by this counter, 0 at the start; null: in a fixed order
+  ForwardOrder order;
   struct Steps {
     int sequence, head;
   } q_steps, k_steps, v_steps;
@@ -87,16 +89,19 @@ __device__ __forceinline__ int clamped(int64_t value, int least, int most) {
   return value < least ? least : value > most ? most : static_cast<int>(value);
 }
 
-// Work is numbered so that neighbours share keys: heads of a group first, then tiles, the longest first, then kv heads.
+// Boolean, and the same for all queries, such as padding.
+__host__ __device__ inline bool is_of_keys(const MaskTensor& m) {
+  return m.dtype == DType::boolean && m.query_stride == 0;
+}
+
 // False where the tile of a packed sequence does not exist.
-template <class Tile>
+template <class Tile, Masking kMasking>
 __device__ __forceinline__ bool find_work(const HopperForwardParams& p, int index, HopperWork& work) {
-  const int group = static_cast<int>(p.Hq) / static_cast<int>(p.Hkv), tiles = static_cast<int>(p.query_tiles);
-  const int rest = index / group, at = rest % tiles, tokens = static_cast<int>(p.Tq);
-  work.kv_head = rest / tiles;
-  work.head = work.kv_head * group + index % group;
-  // As token_tile() says, in 32 bits.
-  if (p.first_q) {
+  const ForwardOrder::Piece piece = p.order.at(index);
+  const int at = piece.tile, tokens = static_cast<int>(p.Tq), kv_heads = static_cast<int>(p.Hkv);
+  work.kv_head = piece.unit % kv_heads;
+  work.head = work.kv_head * p.order.group + piece.head;
+  if (p.first_q) {  // as token_tile() says, in 32 bits
     int low = 0;
     for (int high = static_cast<int>(p.B); high - low > 1;) {
       const int middle = (low + high) / 2;
@@ -106,9 +111,8 @@ __device__ __forceinline__ bool find_work(const HopperForwardParams& p, int inde
     work.sequence = low;
     work.first_row = (at - low - clamped(p.first_q[low], tokens) / Tile::kRows) * Tile::kRows;
   } else {
-    const int of_sequence = (tokens + Tile::kRows - 1) / Tile::kRows;
-    work.sequence = at / of_sequence;
-    work.first_row = (of_sequence - 1 - at % of_sequence) * Tile::kRows;
+    work.sequence = piece.unit / kv_heads;
+    work.first_row = at * Tile::kRows;
   }
   const Sequence s = sequence_of(p, work.sequence);
   if (work.first_row >= s.Tq) return false;
@@ -125,8 +129,86 @@ __device__ __forceinline__ bool find_work(const HopperForwardParams& p, int inde
   work.end_tile = top.begin < bottom.end ? (bottom.end + Tile::kKeys - 1) / Tile::kKeys : work.first_tile;
   work.full_first = (bottom.begin + Tile::kKeys - 1) / Tile::kKeys;
   work.full_end = top.end / Tile::kKeys;
-  if (work.full_first >= work.full_end || p.mask.data) work.full_first = work.full_end = work.first_tile;
+  const bool hides_all_over = kMasking != Masking::band && p.mask.data && !is_of_keys(p.mask);
+  if (work.full_first >= work.full_end || hides_all_over) work.full_first = work.full_end = work.first_tile;
   return true;
+}
+
+// ---- a boolean mask -------------------------------------------------------------------------------------------------
+
+// Of 16 keys from `key` on, a bit each; `row`: of the mask, 16-byte aligned. Zeros beyond Tk.
+__device__ __forceinline__ uint32_t mask_bits(const char* row, int key, int Tk) {
+  uint32_t bits = 0;
+  if (key + 16 <= Tk) {
+    const Bytes16 bytes = load<Bytes16>(row + key);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t set = (((bytes.word[i] & 0x7f7f7f7fu) + 0x7f7f7f7fu) | bytes.word[i]) >> 7 & 0x01010101u;
+      bits |= (set * 0x01020408u >> 24 & 0xfu) << 4 * i;
+    }
+  } else {
+#pragma unroll 1
+    for (int i = 0; key + i < Tk; ++i) bits |= (row[key + i] != 0 ? 1u : 0u) << i;
+  }
+  return bits;
+}
+
+// One of keys is kept as bits in shared memory, written by the warp that finds work.
+
+__device__ __forceinline__ void note_mask(const HopperForwardParams& p, const HopperWork& work, uint32_t bits) {
+  const char* const row = mask_element(p, work.sequence, work.head, 0, 0);
+  constexpr int kWords = 8;
+#pragma unroll 1
+  for (int first = 0; first < work.Tk; first += 32 * kWords) {
+    uint32_t word[kWords];
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      const int key = first + 32 * i + lane();
+      word[i] = key < work.Tk ? row[key * p.mask.key_stride] : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) word[i] = __ballot_sync(kAllLanes, word[i] != 0);
+    if (lane() == 0) {
+      store_shared(bits + first / 8, Bytes16{{word[0], word[1], word[2], word[3]}});
+      store_shared(bits + first / 8 + 16, Bytes16{{word[4], word[5], word[6], word[7]}});
+    }
+  }
+  __syncwarp();
+}
+
+// The bits of 16 keys, from one whose number is a multiple of 16.
+__device__ __forceinline__ uint32_t mask_piece(uint32_t bits, int key) {
+  const Bytes16 words = load_shared(bits + key / 128 * 16);
+  const int i = key / 32 % 4;
+  const uint32_t low = i & 1 ? words.word[1] : words.word[0], high = i & 1 ? words.word[3] : words.word[2];
+  return (i & 2 ? high : low) >> key % 32 & 0xffffu;
+}
+
+// Leaves out tiles at both ends that the mask hides; only tiles of which it hides nothing count as full.
+template <class Tile>
+__device__ __forceinline__ void narrow(HopperWork& work, uint32_t bits) {
+  constexpr int kPieces = Tile::kKeys / 16;
+  const auto piece = [&](int tile) {  // 16 keys of the tile, a lane each
+    const int first = tile * Tile::kKeys + (lane() < kPieces ? lane() : 0) * 16;
+    return mask_piece(bits, first);
+  };
+  const auto hidden = [&](int tile) { return __all_sync(kAllLanes, piece(tile) == 0); };
+#pragma unroll 1
+  while (!work.empty() && hidden(work.end_tile - 1)) --work.end_tile;
+#pragma unroll 1
+  while (!work.empty() && hidden(work.first_tile)) ++work.first_tile;
+  const int end = work.full_end < work.end_tile ? work.full_end : work.end_tile;
+  int run = work.full_first > work.first_tile ? work.full_first : work.first_tile;
+  work.full_first = work.full_end = work.first_tile;  // then the longest run
+#pragma unroll 1
+  for (int tile = run; tile < end; ++tile) {
+    if (!__all_sync(kAllLanes, piece(tile) == 0xffff)) {
+      run = tile + 1;
+    } else if (tile + 1 - run > work.full_end - work.full_first) {
+      work.full_first = run;
+      work.full_end = tile + 1;
+    }
+  }
 }
 
 __device__ __forceinline__ void post(uint32_t slot, const HopperWork& work) {
@@ -146,25 +228,6 @@ __device__ __forceinline__ HopperWork posted(uint32_t slot) {
   return {at(a, 0), at(a, 1), at(a, 2), at(a, 3), at(b, 0), at(b, 1), at(b, 2), at(b, 3),
           at(c, 0), at(c, 1), at(c, 2), at(c, 3), at(d, 0), at(d, 1), {0, 0}};
 }
-
-// A block's share of `count` pieces of work: by the counter, or there and back over the blocks, so that no block gets
-// the longer of each round.
-struct WorkOrder {
-  int count, next_first = 0;
-  bool back = false;
-
-  __device__ int next(const HopperForwardParams& p) {  // count or more: no more
-    if (p.tickets) return atomicAdd(p.tickets, 1);
-    const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
-    while (next_first < count) {
-      const int index = next_first + (back ? blocks - 1 - block : block);
-      next_first += blocks;
-      back = !back;
-      if (index < count) return index;
-    }
-    return count;
-  }
-};
 
 // ---- softmax on accumulators ----------------------------------------------------------------------------------------
 // Element i of a thread's scores is in its row i / 2 % 2 (ptx/warpgroup.h); four lanes share a row.
@@ -258,94 +321,6 @@ __device__ __forceinline__ void issue_values(float (&out)[Tile::kD / 2], const u
   for (int k = 0; k < Tile::kKeys / 16; ++k)
     warpgroup_product<Tile::kD, T, Major::mn>(out, weights[k], v.at(k * 2048), true);
   warpgroup_commit();
-}
-
-// ---- values that hold NaN or infinity -------------------------------------------------------------------------------
-// A hidden key has weight 0, but 0 * NaN would spoil the sums of queries that do not see it. In tiles that hide
-// something warps beside the producer look for such rows of V, while the consumers work on the scores; they note them
-// in a bit mask and zero them. Consumers add a noted row's contribution, read from memory, where its weight is not 0.
-
-// Warp `searcher` of kSearchers looks through its share of a tile.
-template <class T, class Tile>
-__device__ __forceinline__ void search_values(uint32_t values, uint32_t bad_mask, int searcher) {
-  bool zeroed = false;
-  for (int word = searcher; word < Tile::kWords; word += kSearchers) {
-    uint32_t mask = 0;
-#pragma unroll 1
-    for (int panel = 0; panel < Tile::kPanels; ++panel) {
-      const uint32_t from = values + panel * Tile::kKeyPanel + word * 32 * 128 + lane() * 16;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {  // four rows at a time
-        const bool there = word * 32 + i * 4 < Tile::kKeys;
-        const uint32_t found =
-            __ballot_sync(kAllLanes, there && not_finite<T>(load_shared(there ? from + i * 512 : values)));
-#pragma unroll
-        for (int row = 0; row < 4; ++row)
-          if (found >> 8 * row & 0xff) mask |= 1u << (4 * i + row);
-      }
-    }
-    for (uint32_t rest = mask; rest; rest &= rest - 1) {
-      const uint32_t row = word * 32 + __ffs(static_cast<int>(rest)) - 1;
-      for (int chunk = lane(); chunk < Tile::kPanels * 8; chunk += kWarpSize)
-        store_shared(values + chunk / 8 * Tile::kKeyPanel + row * 128 + chunk % 8 * 16, Bytes16{{0, 0, 0, 0}});
-      zeroed = true;
-    }
-    if (lane() == 0) store_shared(bad_mask + word * 4, mask);
-  }
-  if (zeroed) fence_async_proxy();
-  __syncwarp();
-}
-
-// Eight neighbours of a row of D elements, zeros beyond its end.
-template <class T>
-__device__ __forceinline__ Bytes16 load_chunk(const T* row, int chunk, int D) {
-  const T* from = row + chunk * kChunk;
-  if (chunk * kChunk + kChunk <= D) return load<Bytes16>(from);
-  Bytes16 bytes = {};
-#pragma unroll
-  for (int j = 0; j < kChunk; ++j)
-    if (chunk * kChunk + j < D) bytes.word[j / 2] |= static_cast<uint32_t>(from[j].bits) << j % 2 * 16;
-  return bytes;
-}
-
-// out += weights * (the noted rows of V); `values` is the first of the tile's rows in memory. Sparing with registers:
-// out and weights hold most of them.
-template <class T, class Tile>
-__device__ __forceinline__ void add_bad_values(float (&out)[Tile::kD / 2], const float (&weights)[Tile::kKeys / 2],
-                                               uint32_t bad_mask, const T* values, int64_t stride, int Dv) {
-#pragma unroll 1
-  for (int word = 0; word < Tile::kWords; ++word) {
-    const Bytes16 words = load_shared(bad_mask + word / 4 * 16);
-    const uint32_t low = word & 1 ? words.word[1] : words.word[0], high = word & 1 ? words.word[3] : words.word[2];
-#pragma unroll 1
-    for (uint32_t rest = word & 2 ? high : low; rest; rest &= rest - 1) {
-      const int row = word * 32 + __ffs(static_cast<int>(rest)) - 1;
-      // weights[row / 8 * 4 + 2 * half + row % 2], by masks: an index known at run time would need local memory.
-      uint32_t bits[2] = {0, 0};
-#pragma unroll
-      for (int i = 0; i < Tile::kKeys / 2; ++i)
-        bits[i / 2 % 2] |= __float_as_uint(weights[i]) & (row / 8 == i / 4 && row % 2 == i % 2 ? kAllLanes : 0u);
-      float w[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        w[half] = __uint_as_float(__shfl_sync(kAllLanes, bits[half], lane() / 4 * 4 + row % 8 / 2));
-      const Bytes16 mine = load_chunk(values + row * stride, lane(), Dv);
-#pragma unroll
-      for (int j = 0; j < Tile::kD / kChunk; ++j) {  // chunk j is in lane j; this lane needs its word lane() % 4
-        uint32_t pair = 0;
-#pragma unroll
-        for (int part = 0; part < 4; ++part) {
-          const uint32_t taken = __shfl_sync(kAllLanes, mine.word[part], j);
-          if (lane() % 4 == part) pair = taken;
-        }
-        float x[2];
-        unpack_pair<T>(pair, x[0], x[1]);
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-          if (w[e / 2] != 0.0f) out[4 * j + e] += w[e / 2] * x[e % 2];
-      }
-    }
-  }
 }
 
 }  // namespace llmfast::cuda

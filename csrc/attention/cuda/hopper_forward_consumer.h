@@ -1,13 +1,14 @@
 // What a consumer warpgroup of the Hopper attention forward does: its 64 queries of a tile against all their keys.
 #pragma once
-#include "attention/cuda/hopper_forward.h"
+#include "attention/cuda/hopper_forward_values.h"
 
 namespace llmfast::cuda {
 
 // What it carries from tile to tile. `out` and `scores` are accumulators: loops over them are unrolled, and everything
 // that takes them is inlined, so that they stay in registers.
-template <class T, class Tile, bool kFinished>
+template <class T, class Tile, Masking kMasking>
 struct Consumer {
+  static constexpr bool kFinished = kMasking == Masking::anything;  // scores, before softmax: see ScoreScale
   using Scores = float[Tile::kKeys / 2];
   using Out = float[Tile::kD / 2];
   using Weights = uint32_t[Tile::kKeys / 16][4];
@@ -24,6 +25,8 @@ struct Consumer {
   __device__ Consumer(const HopperForwardParams& p, uint32_t base, int group)
       : p(p), base(base), group(group), scale(p) {}
 
+  __device__ __forceinline__ float factor() const { return kFinished ? 1.0f : scale.product; }
+
   // ---- waiting and letting go
   __device__ __forceinline__ void release(int barrier) const {
     if (lane() == 0) mbarrier_arrive(base + barrier);
@@ -31,10 +34,10 @@ struct Consumer {
   __device__ __forceinline__ void meet_group() const { barrier_sync(1 + group, kWarpgroup); }
   // The tensor cores go round among the warpgroups, so that one's softmax runs under another's products.
   __device__ __forceinline__ void await_turn() const {
-    if constexpr (Tile::kTurns) barrier_sync(1 + Tile::kConsumers + group, 2 * kWarpgroup);
+    barrier_sync(1 + Tile::kConsumers + group, 2 * kWarpgroup);
   }
   __device__ __forceinline__ void give_turn(int to) const {
-    if constexpr (Tile::kTurns) barrier_arrive(1 + Tile::kConsumers + to, 2 * kWarpgroup);
+    barrier_arrive(1 + Tile::kConsumers + to, 2 * kWarpgroup);
   }
   __device__ __forceinline__ void pass_turn() const { give_turn(group + 1 == Tile::kConsumers ? 0 : group + 1); }
   __device__ __forceinline__ void await_keys() const {
@@ -50,6 +53,11 @@ struct Consumer {
   __device__ __forceinline__ void release_values() {
     release(Tile::kValuesEmpty + 8 * value.stage);
     value.advance();
+  }
+
+  // Q has been read for the last time: the next tile's may come while this one's softmax and output go on.
+  __device__ __forceinline__ void release_queries(bool last) const {
+    if (Tile::kOutApart && last) release(Tile::kQueriesEmpty);
   }
 
   // ---- products
@@ -71,6 +79,45 @@ struct Consumer {
     const HopperWork work = posted(slot);
     const Span visible[2] = {work.keys_of(my_row(0)), work.keys_of(my_row(1))};
     hide_outside(as_fragments(scores), visible, tile * Tile::kKeys);
+    if constexpr (kMasking == Masking::boolean) hide_masked(scores, tile);
+  }
+  __device__ __forceinline__ void hide_masked(Scores& scores, int tile) const {
+    if (!is_of_keys(p.mask)) return hide_in_rows(scores, tile);
+    const uint32_t bits = base + Tile::kMaskAt + (slot - base - Tile::kWorkAt) / 64 * (Tile::kMaskKeys / 8);
+#pragma unroll
+    for (int j = 0; j < Tile::kKeys / 8; j += 2) {
+      const uint32_t mine = mask_piece(bits, tile * Tile::kKeys + 8 * j) >> lane() % 4 * 2;
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        if (!(mine >> (8 * (i / 4) + i % 2) & 1)) scores[4 * j + i] = -infinity();
+    }
+  }
+  // The mask of 16 keys of a row comes from one of the row's four lanes.
+  __device__ __forceinline__ void hide_in_rows(Scores& scores, int tile) const {
+    constexpr int kPieces = Tile::kKeys / 16;
+    const HopperWork work = posted(slot);
+    uint32_t bits[2] = {0, 0};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = work.first_row + my_row(half), read = row < work.end_row ? row : work.end_row - 1;
+      const char* const mask = mask_element(p, work.sequence, work.head, read, 0);
+#pragma unroll
+      for (int piece = 0; piece < kPieces; piece += 4)
+        if (piece + lane() % 4 < kPieces)
+          bits[half] |= mask_bits(mask, tile * Tile::kKeys + 16 * (piece + lane() % 4), work.Tk) << 4 * piece;
+    }
+#pragma unroll
+    for (int from = 0; from < 4; ++from)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t mine = __shfl_sync(kAllLanes, bits[half], lane() / 4 * 4 + from) >> lane() % 4 * 2;
+#pragma unroll
+        for (int piece = from; piece < kPieces; piece += 4)
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            if (!(mine >> (4 * (piece - from) + 8 * (i / 2) + i % 2) & 1))
+              scores[8 * piece + 4 * (i / 2) + 2 * half + i % 2] = -infinity();
+      }
   }
   // Scores as they are before softmax; with a mask tensor, every tile is one that hides something.
   __device__ __forceinline__ void finish_scores(Scores& scores, int tile) const {
@@ -101,8 +148,8 @@ struct Consumer {
   }
 
   // ---- the loop over keys
-  // Products, softmax and products of one tile, one after the other.
-  __device__ __forceinline__ void step(int tile, bool hides, Out& out, HopperSoftmax& softmax) {
+  // Products, softmax and products of one tile that hides something, one after the other.
+  __device__ __forceinline__ void step(int tile, bool last, Out& out, HopperSoftmax& softmax) {
     Scores scores;
     Weights weights;
     float keep[2];
@@ -111,12 +158,13 @@ struct Consumer {
     warpgroup_wait<0>();
     pin_registers(scores);
     release_keys();
+    release_queries(last);
     finish_scores(scores, tile);
-    if (hides) hide(scores, tile);
-    softmax.update(scores, scale.factor(), keep);
+    hide(scores, tile);
+    softmax.update(scores, factor(), keep);
     scale_rows(out, keep);
     await_values();
-    if (hides) add_bad(out, scores, tile);
+    add_bad(out, scores, tile);
     pack_weights<T>(weights, scores);
     start_values(out, weights);
     warpgroup_wait<0>();
@@ -127,7 +175,8 @@ struct Consumer {
   // `tiles` of which all but the first, `tile`, hide nothing: Q K^T of one and P V of the one before are issued
   // together, and the softmax of the one runs under the P V of the other. ptxas would move the wait for P V up to the
   // wait for Q K^T; a store of what the softmax ends with holds it below.
-  __device__ __forceinline__ void overlapped_steps(int tile, bool hides, int tiles, Out& out, HopperSoftmax& softmax) {
+  __device__ __forceinline__ void overlapped_steps(int tile, bool hides, int tiles, bool last, Out& out,
+                                                   HopperSoftmax& softmax) {
     Scores scores;
     Weights weights;
     float keep[2];
@@ -138,9 +187,10 @@ struct Consumer {
     warpgroup_wait<0>();
     pin_registers(scores);
     release_keys();
+    release_queries(last && tiles == 1);
     if constexpr (kFinished) scale_scores(as_fragments(scores), scale);
     if (hides) hide(scores, tile);
-    softmax.update(scores, scale.factor(), keep);
+    softmax.update(scores, factor(), keep);
     scale_rows(out, keep);
     if (hides) add_bad(out, scores, tile);
     keep[0] = keep[1] = 1.0f;
@@ -157,8 +207,9 @@ struct Consumer {
       warpgroup_wait<1>();
       pin_registers(scores);
       release_keys();
+      release_queries(last && left == 1);
       if constexpr (kFinished) scale_scores(as_fragments(scores), scale);
-      softmax.update(scores, scale.factor(), keep);
+      softmax.update(scores, factor(), keep);
       store_shared(base + Tile::kScratchAt + lane() * 4, __float_as_uint(softmax.sum[0] + softmax.sum[1]));
       warpgroup_wait<0>();
       pin_registers(out);
@@ -174,23 +225,17 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void all_steps(const HopperWork& work, Out& out, HopperSoftmax& softmax) {
-    if constexpr (Tile::kLoop == Loop::simple) {
+    // Tiles that hide something: at the end, then at the beginning; those between, and the one after which they come.
+    const int full = work.full_end - work.full_first;
 #pragma unroll 1
-      for (int tile = work.end_tile - 1; tile >= work.first_tile; --tile) step(tile, work.hides(tile), out, softmax);
-    } else {
-      // Tiles that hide something: at the end, then at the beginning; those between, and the one after which they come.
-      const int full = work.full_end - work.full_first;
-      int tile = work.end_tile - 1;
-#pragma unroll 1
-      for (; tile >= work.first_tile; --tile) {
-        const bool joins = full > 0 && (tile == work.full_end || tile == work.full_end - 1);
-        if (joins) {
-          const bool hides = tile == work.full_end;
-          overlapped_steps(tile, hides, full + hides, out, softmax);
-          tile = work.full_first;
-        } else {
-          step(tile, true, out, softmax);
-        }
+    for (int tile = work.end_tile - 1; tile >= work.first_tile; --tile) {
+      const bool joins = full > 0 && (tile == work.full_end || tile == work.full_end - 1);
+      if (joins) {
+        const bool hides = tile == work.full_end;
+        overlapped_steps(tile, hides, full + hides, work.full_first == work.first_tile, out, softmax);
+        tile = work.full_first;
+      } else {
+        step(tile, tile == work.first_tile, out, softmax);
       }
     }
   }
@@ -272,7 +317,6 @@ struct Consumer {
       if (!Tile::kOutApart || !work.empty()) {
         mbarrier_wait(base + Tile::kQueriesFull, query.parity);
         all_steps(work, out, softmax);
-        if (Tile::kOutApart) release(Tile::kQueriesEmpty);
         query.advance();
       }
       finish(out, softmax, out_map);

@@ -7,26 +7,38 @@ namespace llmfast::cuda {
 
 // ---- producer -------------------------------------------------------------------------------------------------------
 
-// One thread finds work and posts it.
-template <class Tile>
-__device__ __forceinline__ void hand_out_work(const HopperForwardParams& p, uint32_t base, int works) {
+// One warp finds work and posts it.
+template <class Tile, Masking kMasking>
+__device__ __forceinline__ void hand_out_work(const HopperForwardParams& p, uint32_t base) {
+  const int works = p.order.count(), blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
   RingPlace<2> slot;
-  WorkOrder order{works};
   HopperWork work;
-  for (bool more = true; more; slot.advance()) {
-    int index;
-    do {
-      index = order.next(p);
-      more = index < works;
-    } while (more && !find_work<Tile>(p, index, work));
-    if (!more) work.end_tile = -1;
+  int round = 0, masks[2] = {-1, -1};  // whose bits stand beside each
+  for (bool found = true; found; slot.advance()) {
+    for (found = false; !found && round * blocks < works; ++round) {
+      const int index = ForwardOrder::share(round, block, blocks);
+      found = index < works && find_work<Tile, kMasking>(p, index, work);
+    }
+    if (!found) work.end_tile = -1;
     mbarrier_wait(base + Tile::kWorkEmpty + 8 * slot.stage, slot.parity ^ 1);
-    post(base + Tile::kWorkAt + 64 * slot.stage, work);
-    mbarrier_arrive(base + Tile::kWorkFull + 8 * slot.stage);
+    if (kMasking == Masking::boolean && found && is_of_keys(p.mask)) {
+      const uint32_t bits = base + Tile::kMaskAt + slot.stage * (Tile::kMaskKeys / 8);
+      const int heads = p.mask.head_stride ? static_cast<int>(p.Hq) : 1;
+      const int mask = work.sequence * heads + work.head % heads;
+      if ((slot.stage ? masks[1] : masks[0]) != mask) note_mask(p, work, bits);
+      (slot.stage ? masks[1] : masks[0]) = mask;
+      narrow<Tile>(work, bits);
+    }
+    __syncwarp();
+    if (lane() == 0) {
+      post(base + Tile::kWorkAt + 64 * slot.stage, work);
+      mbarrier_arrive(base + Tile::kWorkFull + 8 * slot.stage);
+    }
   }
 }
 
-// One thread copies: Q, then K one tile ahead of V, from the last tile to the first.
+// One thread copies: K one tile ahead of V, from the last tile to the first. Q comes after the first K, for which there
+// is place while the tile before still needs its Q.
 template <class Tile>
 __device__ __forceinline__ void produce(const HopperForwardParams& p, const TensorMap* q, const TensorMap* k,
                                         const TensorMap* v, uint32_t base) {
@@ -48,14 +60,6 @@ __device__ __forceinline__ void produce(const HopperForwardParams& p, const Tens
       continue;
     }
     const int sequence = p.first_q ? 0 : work.sequence;
-    mbarrier_wait(base + Tile::kQueriesEmpty, query.parity ^ 1);
-    mbarrier_arrive_expect(base + Tile::kQueriesFull, Tile::kQueryBytes);
-#pragma unroll
-    for (int panel = 0; panel < Tile::kPanels; ++panel)
-      bulk_load(base + panel * Tile::kQueryPanel, q, base + Tile::kQueriesFull, panel * kPanel,
-                work.first_q + work.first_row, work.head * p.q_steps.head, sequence * p.q_steps.sequence);
-    query.advance();
-
     const auto load = [&](uint32_t to, uint32_t full, const TensorMap* map, int tile,
                           HopperForwardParams::Steps steps) {
       mbarrier_arrive_expect(full, Tile::kKeyBytes);
@@ -73,7 +77,15 @@ __device__ __forceinline__ void produce(const HopperForwardParams& p, const Tens
              p.k_steps);
         key.advance();
       }
-      if (tile < work.end_tile - 1) {
+      if (tile == work.end_tile - 1) {
+        mbarrier_wait(base + Tile::kQueriesEmpty, query.parity ^ 1);
+        mbarrier_arrive_expect(base + Tile::kQueriesFull, Tile::kQueryBytes);
+#pragma unroll
+        for (int panel = 0; panel < Tile::kPanels; ++panel)
+          bulk_load(base + panel * Tile::kQueryPanel, q, base + Tile::kQueriesFull, panel * kPanel,
+                    work.first_q + work.first_row, work.head * p.q_steps.head, sequence * p.q_steps.sequence);
+        query.advance();
+      } else {
         mbarrier_wait(base + Tile::kValuesEmpty + 8 * value.stage, value.parity ^ 1);
         load(base + Tile::kValuesAt + value.stage * Tile::kKeyBytes, base + Tile::kValuesFull + 8 * value.stage, v,
              tile + 1, p.v_steps);
@@ -110,7 +122,7 @@ __device__ __forceinline__ void search(uint32_t base, int searcher) {
 
 // ---- kernel ---------------------------------------------------------------------------------------------------------
 
-template <class T, class Tile, bool kFinished>
+template <class T, class Tile, Masking kMasking>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     hopper_forward_kernel(const HopperForwardParams p, const __grid_constant__ TensorMap q,
                           const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v,
@@ -141,10 +153,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     registers_shrink<Tile::kProducerRegisters>();
     if (warp() >= 2) search<T, Tile>(base, warp() - 2);
     else if (thread() == 0) produce<Tile>(p, &q, &k, &v, base);
-    else if (thread() == kWarpSize) hand_out_work<Tile>(p, base, static_cast<int>(p.query_tiles * p.Hq));
+    else if (warp() == 1) hand_out_work<Tile, kMasking>(p, base);
   } else {
     registers_grow<Tile::kConsumerRegisters>();
-    Consumer<T, Tile, kFinished>(p, base, warp() / 4 - 1).run(&out);
+    Consumer<T, Tile, kMasking>(p, base, warp() / 4 - 1).run(&out);
   }
 }
 
@@ -185,20 +197,42 @@ struct HopperForwardTensors {
   }
 };
 
-// `blocks`: of the grid; 0: one for each piece of work. `tickets`: see HopperForwardParams. kFinished: a softcap, a
-// mask tensor, or a scale that is not positive.
-template <class T, class Tile, bool kFinished>
-void launch_hopper_forward(const AttentionParams& params, const Stream& stream, int blocks, int* tickets = nullptr) {
+// The order of work of `blocks` blocks.
+template <class Tile>
+ForwardOrder order_of(const AttentionParams& p, int blocks) {
+  const int64_t group = p.Hq / p.Hkv, sequences = p.first_q ? 1 : p.B, units = sequences * p.Hkv;
+  const int64_t tiles = tile_count(p.B, p.Tq, p.first_q != nullptr, Tile::kRows) / (p.first_q ? 1 : p.B);
+  const bool lengths_differ = p.right < p.Tk / 2 && p.left >= p.Tk / 2;
+  const int sections = forward_sections(units, group, tiles, lengths_differ, blocks);
+  return {static_cast<int>(units), static_cast<int>(group), static_cast<int>(tiles), sections};
+}
+
+// Masking::boolean has room for so many bits of keys; it reads rows in pieces of 16 bytes.
+template <class Tile>
+Masking masking_of(const AttentionParams& p) {
+  const MaskTensor& m = p.mask;
+  if (p.softcap > 0.0f || !(p.scale > 0.0f)) return Masking::anything;
+  if (!m.data) return Masking::band;
+  if (m.dtype != DType::boolean) return Masking::anything;
+  if (is_of_keys(m)) return p.Tk <= Tile::kMaskKeys ? Masking::boolean : Masking::anything;
+  const bool aligned = reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && m.query_stride % 16 == 0 &&
+                       m.head_stride % 16 == 0 && m.sequence_stride % 16 == 0;
+  return m.key_stride == 1 && aligned ? Masking::boolean : Masking::anything;
+}
+
+// `sections` 0: as order_of() says.
+template <class T, class Tile, Masking kMasking>
+void launch_hopper_forward(const AttentionParams& params, const Stream& stream, int blocks, int sections = 0) {
   HopperForwardParams p;
   static_cast<AttentionParams&>(p) = params;
-  p.query_tiles = tile_count(p.B, p.Tq, p.first_q != nullptr, Tile::kRows);
-  p.tickets = tickets;
+  p.order = order_of<Tile>(p, blocks);
+  if (sections) p.order.sections = sections;
   p.q_steps = steps_of(p.q), p.k_steps = steps_of(p.k), p.v_steps = steps_of(p.v);
   const HopperForwardTensors t(p, Tile::kRows, Tile::kKeys);
-  const int64_t works = p.query_tiles * p.Hq;
-  launch(stream, {static_cast<unsigned>(blocks == 0 || works < blocks ? works : blocks)}, Tile::kThreads,
-         size_t{Tile::kBytes}, hopper_forward_kernel<T, Tile, kFinished>, p, make_tensor_map(t.q), make_tensor_map(t.k),
-         make_tensor_map(t.v), make_tensor_map(t.out));
+  const int works = p.order.count();
+  launch(stream, {static_cast<unsigned>(works < blocks ? works : blocks)}, Tile::kThreads, size_t{Tile::kBytes},
+         hopper_forward_kernel<T, Tile, kMasking>, p, make_tensor_map(t.q), make_tensor_map(t.k), make_tensor_map(t.v),
+         make_tensor_map(t.out));
 }
 
 }  // namespace llmfast::cuda
