@@ -25,7 +25,7 @@ constexpr int64_t kForwardParts = 128;                    // of a row's columns 
 constexpr int64_t kGradientElements = int64_t{1} << 27;  // of d_logits: large products, a bounded buffer
 
 // A row's logits so far, in powers of two: sum of 2^(logit - top).
-struct LogSum {
+struct alignas(8) LogSum {
   float top, sum;
 };
 
@@ -113,7 +113,8 @@ __global__ void __launch_bounds__(kRowThreads)
   const int64_t m = blockIdx.x * int64_t{kRowThreads} + thread();
   if (m >= M) return;
   LogSum row = is_first ? LogSum{kLowest, 0.0f} : rows[m];
-  for (int i = 0; i < count; ++i) {
+#pragma unroll 8
+  for (int i = 0; i < count; ++i) {  // eight loads at once: a row has one thread
     const LogSum part = parts[i * M + m];
     const float top = fmaxf(row.top, part.top);
     row.sum = row.sum * exp2_approx(row.top - top) + part.sum * exp2_approx(part.top - top);
