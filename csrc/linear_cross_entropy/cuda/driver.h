@@ -29,8 +29,9 @@ struct alignas(8) LogSum {
   float top, sum;
 };
 
-// Columns of the vocabulary whose gradients are in memory at a time: of the counts that kGradientElements allows, or half
-// as many again, the one with the cheapest products, which fill whole rounds of multiprocessors, and passes over sum_x.
+// Columns of the vocabulary whose gradients are in memory at a time: of the counts that kGradientElements allows, or
+// half as many again, the one with the cheapest products, which fill whole rounds of multiprocessors, and passes over
+// sum_x.
 inline int64_t backward_chunk(int64_t M, int64_t C, int64_t V) {
   constexpr int64_t kUnit = 128, kBytesAClock = 1600;
   const auto clocks = [&](int64_t count) {
@@ -164,7 +165,8 @@ void forward(const LinearCrossEntropyParams& p, const Stream& stream) {
     Operand weight = operand(p.weight);
     weight.data = p.weight.as<const T>() + v * weight.stride_mn;
     Product::template run<T, Major::k, Major::k>(
-        operand(p.x), weight, shape, LogSumEpilogue{scratch.parts, scratch.target_logits, target, M, v}, nullptr, stream);
+        operand(p.x), weight, shape, LogSumEpilogue{scratch.parts, scratch.target_logits, target, M, v}, nullptr,
+        stream);
     launch(stream, {static_cast<unsigned>(ceil_div(M, kRowThreads))}, kRowThreads, 0, fold_parts_kernel<Product>,
            scratch.parts, scratch.rows, scratch.target_logits, target, M, V, static_cast<int>(ceil_div(count, group)),
            v == 0, v + count == V, p.ignore_index, p.losses.as<float>(), p.lse.as<float>());
