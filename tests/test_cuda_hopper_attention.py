@@ -122,6 +122,24 @@ def test_boolean_masks_of_rows(hopper, Tk, D):
     check(hopper, tensors, mask=(torch.rand(Tq, Tk) < 0.5), causal=True)
 
 
+def test_tiles_that_a_boolean_mask_of_rows_hides(hopper):
+    """Causal with padding, as a mask: products of the tiles that a warpgroup sees, and no others."""
+    T = 384
+    q, k, v = make(2, 2, 1, T, T, 64, dtype=BF16)
+    mask = torch.ones(T, T, dtype=torch.bool).tril().repeat(2, 1, 1, 1)
+    mask[1, ..., 200:] = False
+    clean = check(hopper, (q, k, v), mask=mask)
+    bad = v.clone()
+    bad[1, :, 200:] = math.nan
+    assert torch.equal(attention(*(t.to(hopper) for t in (q, k, bad)), mask=mask.to(hopper)).cpu(), clean)
+    if hopper == "cpu":
+        module = backend.native_cuda()
+        module.reset_counters()
+        attention(q, k, v, mask=mask)
+        tiles = 2 * (1 + 2 + 3) + 2 * (1 + 2 + 2)  # of two warpgroups
+        assert module.counters()["warpgroup_products"] == 2 * tiles * (4 + 8)
+
+
 def test_rows_masked_with_the_lowest_number(hopper):
     """Rows with nothing else average the values, as in PyTorch."""
     q, k, v = make(1, 1, 1, 140, 70, 16, dtype=BF16)

@@ -102,3 +102,30 @@ def test_activations(hopper, activation):
 def test_cross_entropy(hopper, shape, dtype):
     with on_sm90a("linear_cross_entropy", "linear_cross_entropy_backward"):
         check_cross_entropy(hopper, *make_cross_entropy(*shape, 1.0 if shape[0] == 37 else 40.0), dtype)
+
+
+@pytest.fixture
+def real_hopper(hopper):
+    """For what takes hours emulated: many tiles a block, every tile size, depths in parts, chunks of the vocabulary."""
+    if hopper == "cpu":
+        pytest.skip("no CUDA device of compute capability 9.0")
+    return hopper
+
+
+@pytest.mark.parametrize("shape", [(8200, 3072, 768), (8192, 768, 3000), (64, 4096, 4096)], ids=str)
+def test_linear_of_a_model(real_hopper, shape):
+    M, N, K = shape
+    inputs = [torch.randn(*s).to(BF16).to(real_hopper) for s in ((M, K), (N, K), (N,))]
+    with on_sm90a("linear", "linear_backward"):
+        check_linear(inputs, torch.randn(M, N).to(BF16).to(real_hopper))
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_ffn_of_a_model(real_hopper, gated):
+    with on_sm90a("ffn", "ffn_backward"):
+        check_ffn(real_hopper, make_ffn(8200, 768, 3072, gated=gated), "silu" if gated else "gelu_tanh", BF16)
+
+
+def test_cross_entropy_of_a_model(real_hopper):
+    with on_sm90a("linear_cross_entropy", "linear_cross_entropy_backward"):
+        check_cross_entropy(real_hopper, *make_cross_entropy(8200, 768, 30000), BF16)

@@ -10,7 +10,8 @@
 //   out = O / sum through shared memory, stored by the copy engine while the next tile begins; lse
 // The consumers take turns in issuing products, so that one's softmax also runs under another's products.
 // Only the tiles at the ends of a row's band may hide something: they alone pay for masks and for the search for NaN.
-// A boolean mask of keys (padding) narrows the band, and holes in it count as such ends.
+// A boolean mask of keys (padding) narrows the band, and holes in it count as such ends. With any other mask all tiles
+// do; those that a boolean one hides from all rows of a warpgroup are passed by.
 //
 // Heads of any size up to 256 are padded with zeros by the copy engine. What it cannot address (a start or stride that
 // is no multiple of 16 bytes) is for the portable kernel.
@@ -18,8 +19,8 @@
 // Memory: kD 64: Q, out 16 KB each (24 with three consumers), 2 K, 2 V of 16 KB; 128: 32 KB each, 192 KB; 256: Q 64 KB,
 // out in its place, 2 K, 2 V of 40 KB (80 keys), 224 KB. One block a multiprocessor.
 // Registers (nvcc 13.0.88, sm_90a): 232 for a consumer, 160 for each of three. Spilled, stores and loads: 52 bytes with
-// three consumers and 400 with 256 dims, little of it in the loop over keys; with a boolean mask 174 in the warp that
-// finds work, and 660 with 256 dims; with anything else 440 with 256 dims.
+// three consumers and 400 with 256 dims, little of it in the loop over keys; with a boolean mask 182 in the warp that
+// finds work, and 640 with 256 dims; with anything else 440 with 256 dims.
 //
 // Measured 2026-11-26, H100 80GB HBM3, benchmarks/native/hopper_attention_forward.cu "time full-B4-T4k": 128 dims 689
 // TFLOP/s, 64 dims 445 and 500 with three consumers, 256 dims 704. "time causal-B4-T4k", before ForwardOrder: 584, 385

@@ -40,13 +40,15 @@ struct ForwardOrder {
 };
 
 // Where all tiles are about as long, each unit is a section: neighbours share the most. Where lengths differ, as under
-// a causal mask, a section lasts three rounds of the blocks, or their sums would differ (by half, where a head has about
-// as many tiles as there are blocks); half as many where units are short, since a section's keys and values would
-// outgrow the second-level cache before they are read again. Simulated: the longest sum is within 5% of the mean where
-// there are many rounds of a length from 4096 on, mostly within 1%.
-inline int forward_sections(int64_t units, int64_t group, int64_t tiles, bool lengths_differ, int blocks) {
+// a causal mask, a section lasts three rounds of the blocks, or their sums would differ (by half, where a head has
+// about as many tiles as there are blocks); half as many where units are short, since a section's keys and values
+// would outgrow the second-level cache before they are read again; four where tiles are `uneven`, their lengths not
+// those of a straight line. Simulated: the longest sum is within 5% of the mean where there are many rounds of a length
+// from 4096 on, mostly within 1%.
+inline int forward_sections(int64_t units, int64_t group, int64_t tiles, bool lengths_differ, bool uneven,
+                            int blocks) {
   if (!lengths_differ) return static_cast<int>(units);
-  const int64_t works = tiles * group, least = works >= 32 ? 3 * blocks : 3 * blocks / 2;
+  const int64_t works = tiles * group, least = uneven ? 4 * blocks : works >= 32 ? 3 * blocks : 3 * blocks / 2;
   const int64_t size = (least + works - 1) / works;
   return static_cast<int>(units > size ? units / size : 1);
 }

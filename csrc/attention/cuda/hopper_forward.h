@@ -39,6 +39,7 @@ struct HopperForwardTile {
   static constexpr int kWorkAt = kBadAt + kValueStages * kWords * 4;  // two HopperWork
   static constexpr int kScratchAt = kWorkAt + 2 * 64;                 // nobody reads it
   static constexpr int kMaskKeys = kD <= 128 ? 16384 : 4096;  // most keys of a boolean mask of keys, a bit each
+  static constexpr bool kRowMasks = kD <= 128;  // Masking::boolean also takes masks of rows; else registers run short
   static constexpr int kMaskAt = kScratchAt + 4 * kWarpSize;  // beside each HopperWork
   static constexpr int kBarriersAt = kMaskAt + 2 * kMaskKeys / 8;
   static constexpr int kQueriesFull = kBarriersAt, kQueriesEmpty = kQueriesFull + 8;

@@ -82,7 +82,7 @@ struct Consumer {
     if constexpr (kMasking == Masking::boolean) hide_masked(scores, tile);
   }
   __device__ __forceinline__ void hide_masked(Scores& scores, int tile) const {
-    if (!is_of_keys(p.mask)) return hide_in_rows(scores, tile);
+    if (Tile::kRowMasks && !is_of_keys(p.mask)) return;
     const uint32_t bits = base + Tile::kMaskAt + (slot - base - Tile::kWorkAt) / 64 * (Tile::kMaskKeys / 8);
 #pragma unroll
     for (int j = 0; j < Tile::kKeys / 8; j += 2) {
@@ -92,20 +92,34 @@ struct Consumer {
         if (!(mine >> (8 * (i / 4) + i % 2) & 1)) scores[4 * j + i] = -infinity();
     }
   }
-  // The mask of 16 keys of a row comes from one of the row's four lanes.
-  __device__ __forceinline__ void hide_in_rows(Scores& scores, int tile) const {
+  // A boolean mask of rows: what it says about this thread's two rows and every fourth 16 keys of the tile; the other
+  // keys are with the row's other three lanes.
+  __device__ __forceinline__ void read_mask(uint32_t (&bits)[2], int tile) const {
     constexpr int kPieces = Tile::kKeys / 16;
     const HopperWork work = posted(slot);
-    uint32_t bits[2] = {0, 0};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = work.first_row + my_row(half), read = row < work.end_row ? row : work.end_row - 1;
       const char* const mask = mask_element(p, work.sequence, work.head, read, 0);
+      bits[half] = 0;
 #pragma unroll
       for (int piece = 0; piece < kPieces; piece += 4)
         if (piece + lane() % 4 < kPieces)
           bits[half] |= mask_bits(mask, tile * Tile::kKeys + 16 * (piece + lane() % 4), work.Tk) << 4 * piece;
     }
+  }
+  // Whether the mask lets any row of this warpgroup see any key of the tile. The word of each warp stands where masks
+  // of keys have their bits; two places in turn, since a slow warp may still read when a fast one is at the next tile.
+  __device__ __forceinline__ bool group_sees(const uint32_t (&bits)[2], int tile) const {
+    const uint32_t votes = base + Tile::kMaskAt + tile % 2 * 128 + group * 16;
+    const bool any = __any_sync(kAllLanes, (bits[0] | bits[1]) != 0);
+    if (lane() == 0) store_shared(votes + warp() % 4 * 4, any ? 1u : 0u);
+    meet_group();
+    const Bytes16 all = load_shared(votes);
+    return (all.word[0] | all.word[1] | all.word[2] | all.word[3]) != 0;
+  }
+  __device__ __forceinline__ void hide_in_rows(Scores& scores, const uint32_t (&bits)[2]) const {
+    constexpr int kPieces = Tile::kKeys / 16;
 #pragma unroll
     for (int from = 0; from < 4; ++from)
 #pragma unroll
@@ -129,9 +143,12 @@ struct Consumer {
     add_mask(as_fragments(scores), mask_rows<false>(p, work.sequence, work.head, first, work.end_row - 1, work.Tk),
              tile * Tile::kKeys);
   }
-  __device__ __forceinline__ void add_bad(Out& out, const Scores& weights, int tile) {
+  __device__ __forceinline__ void await_search() {
     mbarrier_wait(base + Tile::kValuesSearched + 8 * value.stage, searched >> value.stage & 1);
     searched ^= 1u << value.stage;
+  }
+  __device__ __forceinline__ void add_bad(Out& out, const Scores& weights, int tile) {
+    await_search();
     const uint32_t mask = base + Tile::kBadAt + value.stage * Tile::kWords * 4;
     uint32_t any = 0;
 #pragma unroll
@@ -148,8 +165,23 @@ struct Consumer {
   }
 
   // ---- the loop over keys
+  __device__ __forceinline__ void pass_by(bool last) {  // a tile that hides all
+    await_keys();
+    release_keys();
+    release_queries(last);
+    await_values();
+    await_search();
+    release_values();
+  }
+
   // Products, softmax and products of one tile that hides something, one after the other.
   __device__ __forceinline__ void step(int tile, bool last, Out& out, HopperSoftmax& softmax) {
+    const bool by_rows = kMasking == Masking::boolean && Tile::kRowMasks && !is_of_keys(p.mask);
+    uint32_t bits[2];
+    if (by_rows) {
+      read_mask(bits, tile);
+      if (!group_sees(bits, tile)) return pass_by(last);
+    }
     Scores scores;
     Weights weights;
     float keep[2];
@@ -161,6 +193,7 @@ struct Consumer {
     release_queries(last);
     finish_scores(scores, tile);
     hide(scores, tile);
+    if (by_rows) hide_in_rows(scores, bits);
     softmax.update(scores, factor(), keep);
     scale_rows(out, keep);
     await_values();

@@ -203,7 +203,8 @@ ForwardOrder order_of(const AttentionParams& p, int blocks) {
   const int64_t group = p.Hq / p.Hkv, sequences = p.first_q ? 1 : p.B, units = sequences * p.Hkv;
   const int64_t tiles = tile_count(p.B, p.Tq, p.first_q != nullptr, Tile::kRows) / (p.first_q ? 1 : p.B);
   const bool lengths_differ = p.right < p.Tk / 2 && p.left >= p.Tk / 2;
-  const int sections = forward_sections(units, group, tiles, lengths_differ, blocks);
+  constexpr bool kUneven = Tile::kConsumers > 2;  // 192 queries against 128 keys: steps of 1 and 2
+  const int sections = forward_sections(units, group, tiles, lengths_differ, kUneven, blocks);
   return {static_cast<int>(units), static_cast<int>(group), static_cast<int>(tiles), sections};
 }
 
@@ -217,7 +218,7 @@ Masking masking_of(const AttentionParams& p) {
   if (is_of_keys(m)) return p.Tk <= Tile::kMaskKeys ? Masking::boolean : Masking::anything;
   const bool aligned = reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && m.query_stride % 16 == 0 &&
                        m.head_stride % 16 == 0 && m.sequence_stride % 16 == 0;
-  return m.key_stride == 1 && aligned ? Masking::boolean : Masking::anything;
+  return Tile::kRowMasks && m.key_stride == 1 && aligned ? Masking::boolean : Masking::anything;
 }
 
 // `sections` 0: as order_of() says.

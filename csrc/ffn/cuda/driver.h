@@ -107,8 +107,8 @@ struct SlopeEpilogue {
   }
 };
 
-// d_hidden and what its epilogue makes of it. True: bias_sums [ceil(M / kSlopeRows)][F], unless null, has sums of d_up's
-// rows.
+// d_hidden and what its epilogue makes of it. True: bias_sums [ceil(M / kSlopeRows)][F], unless null, has sums of
+// d_up's rows.
 template <class Product>
 struct SlopeProduct {
   template <class T>

@@ -1,6 +1,6 @@
 // Sums over the rows of a matrix [M, N] with any strides: bias gradients. Two passes in a fixed order: blocks sum
-// kSumRows rows of a group of columns each, with contiguous rows by 16-byte loads, all of a thread's eight at once; then
-// eight warps add the blocks' sums. `Product`: as in gemm.h's add_parts.
+// kSumRows rows of a group of columns each, contiguous rows by 16-byte loads; then eight warps add the blocks' sums.
+// `Product`: as in gemm.h's add_parts.
 #pragma once
 #include "core/cuda_launch.h"
 #include "core/types.h"

@@ -11,7 +11,7 @@
 // What an epilogue of boxes reads comes ahead of it. With kRead, const TensorMap* read(int) names that many matrices
 // [M, N]: the engine brings their boxes while the tile's products run, slabs.load(i) reads the current ones, and
 // slabs.release() gives them back. With kBias, `bias` [N] or null and N: a tile's part is in shared memory when the
-// products end. With kPingPong the tile is always HopperReadTile or HopperLargeTile, for epilogues with much arithmetic.
+// products end. With kPingPong, or kRead, tiles are taken in turns (ping-pong): for epilogues with much arithmetic.
 #pragma once
 #include "core/tensor_map.h"
 #include "gemm/cuda/epilogue.h"
@@ -93,7 +93,8 @@ __device__ __forceinline__ void pack_box(uint32_t (&pairs)[16], const float (&x)
 }
 
 // The shared memory of one warpgroup's epilogue: a ring of slabs for what it stores, a ring of kRead slabs a place for
-// what it reads, a tile's part of the bias or three warps' sums of a box's columns. The warpgroup's first thread deals with the copy engine.
+// what it reads, a tile's part of the bias or three warps' sums of a box's columns. The warpgroup's first thread deals
+// with the copy engine.
 template <int kSlabs, int kRead>
 struct EpilogueMemory {
   static constexpr int kPlaces = kRead > 0 ? 4 / kRead : 0;  // of what is read; four boxes are a tile of 128 x 128
@@ -232,7 +233,7 @@ class Slabs {
     }
   }
   // The first of the two columns of a box whose sums this lane keeps.
-  __device__ static int sum_column() { return (lane() & 16) * 2 + (lane() & 8) * 2 + (lane() & 4) * 2 + lane() % 4 * 2; }
+  __device__ static int sum_column() { return lane() / 4 * 8 + lane() % 4 * 2; }
   __device__ uint32_t sums_of(int which) const { return memory_.others + (which * 64 + sum_column()) * 4; }
   __device__ uint32_t bias_at(int n) const { return memory_.others + n % memory_.kBiasColumns * 2; }
 
@@ -250,8 +251,8 @@ constexpr DType half_dtype() {
   return std::is_same_v<T, bf16> ? DType::bf16 : DType::f16;
 }
 
-// C = acc + addend in float32; a quad of lanes writes 32 bytes. All of the addend is asked for before anything is stored:
-// it may be C, so that the compiler could not take a load ahead of a store.
+// C = acc + addend in float32; a quad of lanes writes 32 bytes. All of the addend is asked for before anything is
+// stored: it may be C, so that the compiler could not take a load ahead of a store.
 struct FloatRows {
   static constexpr bool kRows = true;
   float* c;

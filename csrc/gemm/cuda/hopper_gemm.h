@@ -206,13 +206,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   RingPlace<Tile::kStages> place;
   const int items = schedule.items(), grid = static_cast<int>(gridDim.x);
   if constexpr (!Tile::kPingPong) {
+    Work work = schedule.at(blockIdx.x);
     for (int item = blockIdx.x; item < items; item += grid) {
-      const Work work = schedule.at(item);
       const Bias bias = own_bias(work);
       start_products<T, Tile, kA, kB>(ring, place, work.steps, which * Tile::kRows, acc);
+      const Work next = schedule.at(item + grid < items ? item + grid : item);  // its divisions run under the products
       hold_bias(bias, work);
       finish_products<Tile>(ring, place, acc);
       finish(acc, work, which * Tile::kRows);
+      work = next;
     }
   } else {
     // Barrier 1 + w: warpgroup w may start its products. Whoever has issued its last ones lets the other start, if that

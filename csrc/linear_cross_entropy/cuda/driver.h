@@ -22,15 +22,16 @@ namespace cross_entropy {
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.69314718f;
 constexpr float kLowest = -3.0e38f;
 constexpr int64_t kForwardParts = 128;                    // of a row's columns in a chunk of the vocabulary
-constexpr int64_t kGradientElements = int64_t{1} << 26;  // of d_logits: large products, a bounded buffer
+constexpr int64_t kGradientElements = int64_t{1} << 27;  // of d_logits: large products, a bounded buffer
 
 // A row's logits so far, in powers of two: sum of 2^(logit - top).
-struct LogSum {
+struct alignas(8) LogSum {
   float top, sum;
 };
 
-// Columns of the vocabulary whose gradients are in memory at a time: of the counts that kGradientElements allows, or half
-// as many again, the one with the cheapest products, which fill whole rounds of multiprocessors, and passes over sum_x.
+// Columns of the vocabulary whose gradients are in memory at a time: of the counts that kGradientElements allows, or
+// half as many again, the one with the cheapest products, which fill whole rounds of multiprocessors, and passes over
+// sum_x.
 inline int64_t backward_chunk(int64_t M, int64_t C, int64_t V) {
   constexpr int64_t kUnit = 128, kBytesAClock = 1600;
   const auto clocks = [&](int64_t count) {
@@ -113,7 +114,8 @@ __global__ void __launch_bounds__(kRowThreads)
   const int64_t m = blockIdx.x * int64_t{kRowThreads} + thread();
   if (m >= M) return;
   LogSum row = is_first ? LogSum{kLowest, 0.0f} : rows[m];
-  for (int i = 0; i < count; ++i) {
+#pragma unroll 8
+  for (int i = 0; i < count; ++i) {  // eight loads at once: a row has one thread
     const LogSum part = parts[i * M + m];
     const float top = fmaxf(row.top, part.top);
     row.sum = row.sum * exp2_approx(row.top - top) + part.sum * exp2_approx(part.top - top);
@@ -163,7 +165,8 @@ void forward(const LinearCrossEntropyParams& p, const Stream& stream) {
     Operand weight = operand(p.weight);
     weight.data = p.weight.as<const T>() + v * weight.stride_mn;
     Product::template run<T, Major::k, Major::k>(
-        operand(p.x), weight, shape, LogSumEpilogue{scratch.parts, scratch.target_logits, target, M, v}, nullptr, stream);
+        operand(p.x), weight, shape, LogSumEpilogue{scratch.parts, scratch.target_logits, target, M, v}, nullptr,
+        stream);
     launch(stream, {static_cast<unsigned>(ceil_div(M, kRowThreads))}, kRowThreads, 0, fold_parts_kernel<Product>,
            scratch.parts, scratch.rows, scratch.target_logits, target, M, V, static_cast<int>(ceil_div(count, group)),
            v == 0, v + count == V, p.ignore_index, p.losses.as<float>(), p.lse.as<float>());
