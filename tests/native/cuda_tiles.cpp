@@ -239,14 +239,17 @@ void check_turns(const Band& band, int queries, int block, int heads, int group)
 // Long sequences go in one pass, short ones and narrow windows do not.
 void check_way() {
   AttentionParams p = {};
-  p.B = 2, p.Hq = p.Hkv = 16, p.Tq = p.Tk = 8192, p.left = kUnbounded, p.right = 0;
+  p.B = 2, p.Hq = p.Hkv = 16, p.Tq = p.Tk = 8192, p.D = p.Dv = 128, p.left = kUnbounded, p.right = 0;
   CHECK(std::abs(mean_queries_of_key(p) - 4096.5) < 1 && in_one_pass(p));
-  p.Tq = p.Tk = 4096;
-  CHECK(!in_one_pass(p));
-  p.Hkv = 4, p.B = 4;
-  CHECK(in_one_pass(p));
-  p.softcap = 2.0f;
-  CHECK(!in_one_pass(p));
+  AttentionParams other = p;
+  other.Tq = other.Tk = 4096, other.right = kUnbounded;
+  CHECK(std::abs(mean_queries_of_key(other) - 4096) < 1 && !in_one_pass(other));
+  other = p, other.Hkv = 4;
+  CHECK(!in_one_pass(other));
+  other = p, other.D = other.Dv = 64;
+  CHECK(!in_one_pass(other));
+  other = p, other.softcap = 2.0f;
+  CHECK(!in_one_pass(other));
 }
 
 // Offsets that make no sense must lead to no token outside the tensors.
