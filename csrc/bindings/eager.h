@@ -47,8 +47,8 @@ pybind11::tuple no_gradients(const pybind11::tuple& needs);
 
 bool read_dtype(PyObject* torch_dtype, DType* dtype);  // false: none that kernels take
 
-// An uninitialised CPU tensor, from torch's allocator; like all that came through DLPack, its storage cannot be resized. With `nesting`, dimension nesting[0] is the outermost in memory, and so on; `view` is set
-// if given.
+// An uninitialised CPU tensor, from torch's allocator; like all that came through DLPack, its storage cannot be resized.
+// With `nesting`, dimension nesting[0] is the outermost in memory, and so on; `view` is set if given.
 pybind11::object new_tensor(DType dtype, const int64_t* shape, int ndim, TensorView* view = nullptr,
                             const int* nesting = nullptr);
 pybind11::object new_tensor(DType dtype, std::initializer_list<int64_t> shape, TensorView* view = nullptr);
@@ -59,7 +59,7 @@ pybind11::object new_rows(const TensorView& x, int64_t last, DType dtype, Tensor
 // t as a matrix of its last dimension, if its strides allow one.
 bool flatten_rows(TensorView* t);
 
-// Room for `count` floats that nobody wants to keep; the next call of an op in this thread overwrites them.
+// Contiguous floats that nobody wants to keep; the next call of an op in this thread overwrites them.
 TensorView scratch_floats(std::initializer_list<int64_t> shape);
 
 bool same_shape(const TensorView& a, const TensorView& b);
