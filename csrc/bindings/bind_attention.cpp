@@ -116,17 +116,20 @@ py::object new_heads(const TensorView& x, int64_t D, TensorView* view) {
 struct Inputs {
   EagerTensor q, k, v, mask, cu_seqlens_q, cu_seqlens_k;
 
-  Plain read(Gradient gradient) { return read_eager({&q, &k, &v, &mask, &cu_seqlens_q, &cu_seqlens_k}, gradient); }
+  Plain read(bool grad_enabled) { return read_eager({&q, &k, &v, &mask, &cu_seqlens_q, &cu_seqlens_k}, grad_enabled); }
 };
 
-// The output; with Gradient::saved, (output, lse).
-py::object run_forward(const Inputs& in, const TensorView& mask, const Options& options, Gradient gradient) {
+py::object to_python(const Distance& distance) { return distance ? py::object(py::int_(*distance)) : py::none(); }
+
+// The output or [output, lse, (left, right, scale, softcap)].
+py::object run_forward(const Inputs& in, const TensorView& mask, const Options& options, Plain plain) {
+  const bool save = plain == Plain::wants_gradient;
   const TensorView& q = in.q.view;
   const bool packed = q.ndim == 3;
   TensorView out_view, lse_view;
   py::object lse = py::none(), out = new_heads(q, in.v.view.shape[q.ndim - 1], &out_view);
   const int64_t packed_shape[2] = {q.shape[1], q.shape[0]};
-  if (gradient == Gradient::saved) lse = new_tensor(DType::f32, packed ? packed_shape : q.shape, q.ndim - 1, &lse_view);
+  if (save) lse = new_tensor(DType::f32, packed ? packed_shape : q.shape, q.ndim - 1, &lse_view);
   else lse_view = packed ? scratch_floats({q.shape[1], q.shape[0]}) : scratch_floats({q.shape[0], q.shape[1], q.shape[2]});
   const AttentionArguments all =
       arguments(out_view, lse_view, q, in.k.view, in.v.view, mask, in.cu_seqlens_q.view, in.cu_seqlens_k.view,
@@ -135,45 +138,46 @@ py::object run_forward(const Inputs& in, const TensorView& mask, const Options& 
     py::gil_scoped_release release;
     attention_forward(all);
   }
-  return gradient == Gradient::saved ? py::object(py::make_tuple(out, lse)) : out;
+  if (!save) return out;
+  return list_of(out, lse, py::make_tuple(to_python(options.left), to_python(options.right), options.scale, options.softcap));
 }
 
 bool is_offsets(const TensorView& t) { return t.defined && t.ndim == 1 && (t.dtype == DType::i32 || t.dtype == DType::i64); }
 
 py::object attention_eager(py::handle q, py::handle k, py::handle v, py::handle mask, py::handle causal,
-                           py::handle window, py::handle scale, py::handle softcap, Gradient gradient) {
+                           py::handle window, py::handle scale, py::handle softcap, bool grad_enabled) {
   Inputs in{EagerTensor(q), EagerTensor(k), EagerTensor(v), EagerTensor(mask), {}, {}};
-  const Plain plain = in.read(gradient);
+  const Plain plain = in.read(grad_enabled);
   Options options;
   TensorView full = in.mask.view;
   if (plain == Plain::no || !heads_fit(in.q.view, in.k.view, in.v.view, 4) || in.mask.requires_grad) return py::none();
   if (!read_options(causal, window, scale, softcap, in.q.view.shape[3], &options)) return py::none();
   if (!expand_mask(&full, in.q.view, in.k.view)) return py::none();
-  return plain == Plain::wants_gradient ? py::bool_(false) : run_forward(in, full, options, gradient);
+  return run_forward(in, full, options, plain);
 }
 
 py::object varlen_attention_eager(py::handle q, py::handle k, py::handle v, py::handle cu_seqlens_q,
                                   py::handle cu_seqlens_k, py::handle causal, py::handle window, py::handle scale,
-                                  py::handle softcap, Gradient gradient) {
+                                  py::handle softcap, bool grad_enabled) {
   Inputs in{EagerTensor(q), EagerTensor(k), EagerTensor(v), {}, EagerTensor(cu_seqlens_q), EagerTensor(cu_seqlens_k)};
-  const Plain plain = in.read(gradient);
+  const Plain plain = in.read(grad_enabled);
   Options options;
   const TensorView &bounds_q = in.cu_seqlens_q.view, &bounds_k = in.cu_seqlens_k.view;
   if (plain == Plain::no || !heads_fit(in.q.view, in.k.view, in.v.view, 3)) return py::none();
   if (!is_offsets(bounds_q) || !is_offsets(bounds_k) || bounds_q.shape[0] != bounds_k.shape[0]) return py::none();
   if (!read_options(causal, window, scale, softcap, in.q.view.shape[2], &options)) return py::none();
-  return plain == Plain::wants_gradient ? py::bool_(false) : run_forward(in, {}, options, gradient);
+  return run_forward(in, {}, options, plain);
 }
 
 // torch's conventions: causal from the top left, heads equal unless enable_gqa, masks of few dtypes.
 py::object sdpa_eager(py::handle q, py::handle k, py::handle v, py::handle mask, py::handle dropout_p, py::handle is_causal,
-                      py::handle scale, py::handle enable_gqa, Gradient gradient) {
+                      py::handle scale, py::handle enable_gqa, bool grad_enabled) {
   double dropout;
   if (!read_number(dropout_p, &dropout) || dropout != 0) return py::none();
   if (!PyBool_Check(is_causal.ptr()) || !PyBool_Check(enable_gqa.ptr())) return py::none();
   if (is_causal.ptr() == Py_True && !mask.is_none()) return py::none();
   Inputs in{EagerTensor(q), EagerTensor(k), EagerTensor(v), EagerTensor(mask), {}, {}};
-  const Plain plain = in.read(gradient);
+  const Plain plain = in.read(grad_enabled);
   if (plain == Plain::no || !heads_fit(in.q.view, in.k.view, in.v.view, 4) || in.mask.requires_grad) return py::none();
   if (enable_gqa.ptr() == Py_False && in.q.view.shape[1] != in.k.view.shape[1]) return py::none();
   Options options;
@@ -183,28 +187,17 @@ py::object sdpa_eager(py::handle q, py::handle k, py::handle v, py::handle mask,
     return py::none();
   if (!expand_mask(&full, in.q.view, in.k.view)) return py::none();
   if (is_causal.ptr() == Py_True) options.right = in.q.view.shape[2] - in.k.view.shape[2];
-  return plain == Plain::wants_gradient ? py::bool_(false) : run_forward(in, full, options, gradient);
+  return run_forward(in, full, options, plain);
 }
 
-// (output, lse) of inputs that one of the above has called plain. Packed where there are offsets.
-py::object attention_saved(py::handle q, py::handle k, py::handle v, py::handle mask, py::handle cu_seqlens_q,
-                           py::handle cu_seqlens_k, Distance left, Distance right, float scale, float softcap) {
-  Inputs in{EagerTensor(q),    EagerTensor(k),           EagerTensor(v),
-            EagerTensor(mask), EagerTensor(cu_seqlens_q), EagerTensor(cu_seqlens_k)};
-  TensorView full;
-  if (in.read(Gradient::off) == Plain::no) return py::none();
-  full = in.mask.view;
-  if (!expand_mask(&full, in.q.view, in.k.view)) return py::none();
-  return run_forward(in, full, {left, right, scale, softcap}, Gradient::saved);
-}
-
+// Inputs of the node: q, k, v, ...; packed where there are offsets.
 py::object attention_gradient(py::handle grad, py::handle q, py::handle k, py::handle v, py::handle out, py::handle lse,
                               py::handle mask, py::handle cu_seqlens_q, py::handle cu_seqlens_k, Distance left,
-                              Distance right, float scale, float softcap) {
+                              Distance right, float scale, float softcap, const py::tuple& needs) {
   Inputs in{EagerTensor(q),    EagerTensor(k),           EagerTensor(v),
             EagerTensor(mask), EagerTensor(cu_seqlens_q), EagerTensor(cu_seqlens_k)};
   EagerTensor tg(grad), to(out), tl(lse);
-  if (in.read(Gradient::off) == Plain::no || read_eager({&tg, &to, &tl}, Gradient::off) == Plain::no) return py::none();
+  if (in.read(false) == Plain::no || read_eager({&tg, &to, &tl}) == Plain::no) return py::none();
   const TensorView &vq = in.q.view, &vk = in.k.view, &vv = in.v.view, &vg = tg.view;
   TensorView full = in.mask.view;
   if (!vg.defined || !heads_fit(vq, vk, vv, vq.ndim) || !same_shape(vg, to.view) || !expand_mask(&full, vq, vk))
@@ -212,16 +205,17 @@ py::object attention_gradient(py::handle grad, py::handle q, py::handle k, py::h
   if (vg.stride[vg.ndim - 1] != 1 && vg.shape[vg.ndim - 1] != 1) return py::none();
   AttentionGradients gradients{vg, {}, {}, {}};
   const int last = vq.ndim - 1;
-  py::object grad_q = new_heads(vq, vq.shape[last], &gradients.grad_q);
-  py::object grad_k = new_heads(vk, vk.shape[last], &gradients.grad_k);
-  py::object grad_v = new_heads(vv, vv.shape[last], &gradients.grad_v);
+  py::tuple grads = no_gradients(needs);
+  grads[0] = new_heads(vq, vq.shape[last], &gradients.grad_q);
+  grads[1] = new_heads(vk, vk.shape[last], &gradients.grad_k);
+  grads[2] = new_heads(vv, vv.shape[last], &gradients.grad_v);
   const AttentionArguments all = arguments(to.view, tl.view, vq, vk, vv, full, in.cu_seqlens_q.view,
                                            in.cu_seqlens_k.view, left, right, scale, softcap);
   {
     py::gil_scoped_release release;
     attention_backward(all, gradients);
   }
-  return py::make_tuple(grad_q, grad_k, grad_v);
+  return grads;
 }
 
 }  // namespace
@@ -230,7 +224,6 @@ void bind_attention(py::module_& m) {
   m.def("attention", &attention_eager);
   m.def("varlen_attention", &varlen_attention_eager);
   m.def("scaled_dot_product_attention", &sdpa_eager);
-  m.def("attention_saved", &attention_saved);
   m.def("attention_gradient", &attention_gradient);
   m.def(
       "attention_forward",

@@ -32,9 +32,9 @@ bool expand_like(TensorView* t, const TensorView& like) {
 }
 
 py::object embedding_eager(py::handle input_ids, py::handle weight, py::handle position_weight, py::handle position_ids,
-                           py::handle out_dtype, Gradient gradient) {
+                           py::handle out_dtype, bool grad_enabled) {
   EagerTensor ids(input_ids), table(weight), positions(position_weight), where(position_ids);
-  const Plain plain = read_eager({&ids, &table, &positions, &where}, gradient);
+  const Plain plain = read_eager({&ids, &table, &positions, &where}, grad_enabled);
   if (plain == Plain::no || !ids.view.defined || !table.view.defined) return py::none();
   if (!is_ids(ids.view) || !is_table(table.view)) return py::none();
   DType dtype = table.view.dtype;
@@ -47,22 +47,23 @@ py::object embedding_eager(py::handle input_ids, py::handle weight, py::handle p
   }
   if (where.view.defined && (!positions.view.defined || !is_ids(where.view) || !expand_like(&where.view, ids.view)))
     return py::none();
-  if (plain == Plain::wants_gradient) return py::bool_(false);
   int64_t shape[kMaxDims];
   for (int i = 0; i < ids.view.ndim; ++i) shape[i] = ids.view.shape[i];
   shape[ids.view.ndim] = C;
   TensorView out_view;
   py::object out = new_tensor(dtype, shape, ids.view.ndim + 1, &out_view);
-  py::gil_scoped_release release;
-  embedding_forward({ids.view, table.view, positions.view, where.view, out_view});
-  return out;
+  {
+    py::gil_scoped_release release;
+    embedding_forward({ids.view, table.view, positions.view, where.view, out_view});
+  }
+  return plain == Plain::wants_gradient ? py::object(list_of(out)) : out;
 }
 
 // Gradient of a table [rows, C]; without ids, of the rows 0 .. T-1 for each sequence of grad.
 py::object embedding_gradient(py::handle grad, py::handle ids, int64_t rows, py::handle torch_dtype) {
   EagerTensor tg(grad), ti(ids);
   DType dtype;
-  if (read_eager({&tg, &ti}, Gradient::off) == Plain::no || !tg.view.defined || !read_dtype(torch_dtype.ptr(), &dtype))
+  if (read_eager({&tg, &ti}) == Plain::no || !tg.view.defined || !read_dtype(torch_dtype.ptr(), &dtype))
     return py::none();
   const TensorView& g = tg.view;
   const int last = g.ndim - 1;

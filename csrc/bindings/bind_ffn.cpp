@@ -9,9 +9,9 @@ namespace llmfast {
 namespace {
 
 py::object ffn_eager(py::handle x, py::handle up_weight, py::handle up_bias, py::handle gate_weight,
-                     py::handle down_weight, py::handle down_bias, int activation, Gradient gradient) {
+                     py::handle down_weight, py::handle down_bias, int activation, bool grad_enabled) {
   EagerTensor tx(x), up(up_weight), up_b(up_bias), gate(gate_weight), down(down_weight), down_b(down_bias);
-  const Plain plain = read_eager({&tx, &up, &up_b, &gate, &down, &down_b}, gradient);
+  const Plain plain = read_eager({&tx, &up, &up_b, &gate, &down, &down_b}, grad_enabled);
   if (plain == Plain::no) return py::none();
   if (!tx.view.defined || !up.view.defined || !down.view.defined || tx.view.ndim < 1 || up.view.ndim != 2) return py::none();
   const DType dtype = tx.view.dtype;
@@ -24,9 +24,9 @@ py::object ffn_eager(py::handle x, py::handle up_weight, py::handle up_bias, py:
     return py::none();
   TensorView rows = tx.view, out_view, up_view, gate_view;
   if (!flatten_rows(&rows)) return py::none();
-  if (plain == Plain::wants_gradient) return py::bool_(false);
+  const bool save = plain == Plain::wants_gradient;
   py::object out = new_rows(tx.view, C, dtype, &out_view), saved_up = py::none(), saved_gate = py::none();
-  if (gradient == Gradient::saved) {
+  if (save) {
     saved_up = new_tensor(dtype, {rows.shape[0], F}, &up_view);
     if (gate.view.defined) saved_gate = new_tensor(dtype, {rows.shape[0], F}, &gate_view);
   }
@@ -36,29 +36,26 @@ py::object ffn_eager(py::handle x, py::handle up_weight, py::handle up_bias, py:
     py::gil_scoped_release release;
     ffn_forward(params);
   }
-  return gradient == Gradient::saved ? py::object(py::make_tuple(out, saved_up, saved_gate)) : out;
+  return save ? py::object(list_of(out, saved_up, saved_gate)) : out;
 }
 
-// `needed`: of x, up_weight, up_bias, gate_weight, down_weight and down_bias, and whatever follows.
 py::object ffn_gradient(py::handle grad, py::handle x, py::handle up_weight, py::handle gate_weight,
-                        py::handle down_weight, py::handle up, py::handle gate, int activation, const py::tuple& needed) {
+                        py::handle down_weight, py::handle up, py::handle gate, int activation, const py::tuple& needs) {
   EagerTensor tg(grad), tx(x), up_w(up_weight), gate_w(gate_weight), down_w(down_weight), saved_up(up), saved_gate(gate);
-  if (read_eager({&tg, &tx, &up_w, &gate_w, &down_w, &saved_up, &saved_gate}, Gradient::off) == Plain::no) return py::none();
+  if (read_eager({&tg, &tx, &up_w, &gate_w, &down_w, &saved_up, &saved_gate}) == Plain::no) return py::none();
   TensorView grad_rows = tg.view, rows = tx.view;
   if (!up_w.view.defined || up_w.view.ndim != 2 || !flatten_rows(&grad_rows) || !flatten_rows(&rows)) return py::none();
   const int64_t F = up_w.view.shape[0], C = up_w.view.shape[1];
   const DType dtype = tx.view.dtype;
   FfnBackwardParams params{grad_rows,  rows, up_w.view, gate_w.view, down_w.view, saved_up.view, saved_gate.view,
                            {}, {}, {}, {},   {},        {},          static_cast<Activation>(activation)};
-  const auto wants = [&](int i) { return PyTuple_GET_ITEM(needed.ptr(), i) == Py_True; };
-  py::tuple grads(6);
-  for (int i = 0; i < 6; ++i) grads[i] = py::none();
-  if (wants(0)) grads[0] = new_rows(tx.view, C, dtype, &params.grad_x);
-  if (wants(1)) grads[1] = new_tensor(dtype, {F, C}, &params.grad_up_weight);
-  if (wants(2)) grads[2] = new_tensor(dtype, {F}, &params.grad_up_bias);
-  if (wants(3)) grads[3] = new_tensor(dtype, {F, C}, &params.grad_gate_weight);
-  if (wants(4)) grads[4] = new_tensor(dtype, {C, F}, &params.grad_down_weight);
-  if (wants(5)) grads[5] = new_tensor(dtype, {C}, &params.grad_down_bias);
+  py::tuple grads = no_gradients(needs);
+  if (is_needed(needs, 0)) grads[0] = new_rows(tx.view, C, dtype, &params.grad_x);
+  if (is_needed(needs, 1)) grads[1] = new_tensor(dtype, {F, C}, &params.grad_up_weight);
+  if (is_needed(needs, 2)) grads[2] = new_tensor(dtype, {F}, &params.grad_up_bias);
+  if (is_needed(needs, 3)) grads[3] = new_tensor(dtype, {F, C}, &params.grad_gate_weight);
+  if (is_needed(needs, 4)) grads[4] = new_tensor(dtype, {C, F}, &params.grad_down_weight);
+  if (is_needed(needs, 5)) grads[5] = new_tensor(dtype, {C}, &params.grad_down_bias);
   {
     py::gil_scoped_release release;
     ffn_backward(params);

@@ -8,9 +8,9 @@ namespace llmfast {
 
 namespace {
 
-py::object linear_eager(py::handle x, py::handle weight, py::handle bias, Gradient gradient) {
+py::object linear_eager(py::handle x, py::handle weight, py::handle bias, bool grad_enabled) {
   EagerTensor tx(x), tw(weight), tb(bias);
-  const Plain plain = read_eager({&tx, &tw, &tb}, gradient);
+  const Plain plain = read_eager({&tx, &tw, &tb}, grad_enabled);
   if (plain == Plain::no || !tx.view.defined || !tw.view.defined) return py::none();
   const TensorView& w = tw.view;
   const int last = tx.view.ndim - 1;
@@ -19,33 +19,33 @@ py::object linear_eager(py::handle x, py::handle weight, py::handle bias, Gradie
   if (tb.view.defined && (tb.view.ndim != 1 || tb.view.shape[0] != w.shape[0] || tb.view.dtype != w.dtype)) return py::none();
   TensorView rows = tx.view, out_view;
   if (!flatten_rows(&rows)) return py::none();
-  if (plain == Plain::wants_gradient) return py::bool_(false);
   py::object out = new_rows(tx.view, w.shape[0], w.dtype, &out_view);
   const LinearParams params{rows, w, tb.view, out_view};
-  py::gil_scoped_release release;
-  linear_forward(params);
-  return out;
+  {
+    py::gil_scoped_release release;
+    linear_forward(params);
+  }
+  return plain == Plain::wants_gradient ? py::object(list_of(out)) : out;
 }
 
-py::object linear_gradient(py::handle grad, py::handle x, py::handle weight, bool need_x, bool need_weight,
-                           bool need_bias) {
+py::object linear_gradient(py::handle grad, py::handle x, py::handle weight, const py::tuple& needs) {
   EagerTensor tg(grad), tx(x), tw(weight);
-  if (read_eager({&tg, &tx, &tw}, Gradient::off) == Plain::no || !tg.view.defined || !tx.view.defined) return py::none();
+  if (read_eager({&tg, &tx, &tw}) == Plain::no || !tg.view.defined || !tx.view.defined) return py::none();
   if (!tw.view.defined || tw.view.ndim != 2) return py::none();
   const int64_t N = tw.view.shape[0], K = tw.view.shape[1];
   const DType dtype = tx.view.dtype;
   TensorView grad_rows = tg.view, rows = tx.view;
   if (!flatten_rows(&grad_rows) || !flatten_rows(&rows)) return py::none();
   LinearBackwardParams params{grad_rows, rows, tw.view, {}, {}, {}};
-  py::object grad_x = py::none(), grad_weight = py::none(), grad_bias = py::none();
-  if (need_x) grad_x = new_rows(tx.view, K, dtype, &params.grad_x);
-  if (need_weight) grad_weight = new_tensor(dtype, {N, K}, &params.grad_weight);
-  if (need_bias) grad_bias = new_tensor(dtype, {N}, &params.grad_bias);
+  py::tuple grads = no_gradients(needs);
+  if (is_needed(needs, 0)) grads[0] = new_rows(tx.view, K, dtype, &params.grad_x);
+  if (is_needed(needs, 1)) grads[1] = new_tensor(dtype, {N, K}, &params.grad_weight);
+  if (is_needed(needs, 2)) grads[2] = new_tensor(dtype, {N}, &params.grad_bias);
   {
     py::gil_scoped_release release;
     linear_backward(params);
   }
-  return py::make_tuple(grad_x, grad_weight, grad_bias);
+  return grads;
 }
 
 }  // namespace

@@ -41,18 +41,17 @@ float reduced(const TensorView& losses, const TensorView& targets, int64_t ignor
   return static_cast<float>(sum) / (reduction == Reduction::mean ? count_targets(targets, ignore_index) : 1.0f);
 }
 
-// The loss; with Gradient::saved, (loss, lse).
+// The loss or [loss, lse].
 py::object cross_entropy_eager(py::handle x, py::handle weight, py::handle target, int64_t ignore_index,
-                               py::handle reduction_name, Gradient gradient) {
+                               py::handle reduction_name, bool grad_enabled) {
   EagerTensor tx(x), tw(weight), tt(target);
-  const Plain plain = read_eager({&tx, &tw, &tt}, gradient);
+  const Plain plain = read_eager({&tx, &tw, &tt}, grad_enabled);
   TensorView targets, rows = tx.view;
   Reduction reduction;
   if (plain == Plain::no || !read_targets(tx.view, tw.view, tt.view, &targets)) return py::none();
   if (!flatten_rows(&rows) || !read_reduction(reduction_name, &reduction)) return py::none();
-  if (plain == Plain::wants_gradient) return py::bool_(false);
   const int64_t M = rows.shape[0];
-  const bool save = gradient == Gradient::saved, separate = reduction == Reduction::none;
+  const bool save = plain == Plain::wants_gradient, separate = reduction == Reduction::none;
   const TensorView scratch = scratch_floats({2, M});
   const TensorView first_row{scratch.data, DType::f32, 1, true, 0, {M}, {1}};
   const TensorView second_row{scratch.as<float>() + M, DType::f32, 1, true, 0, {M}, {1}};
@@ -66,24 +65,24 @@ py::object cross_entropy_eager(py::handle x, py::handle weight, py::handle targe
     linear_cross_entropy_forward({rows, tw.view, targets, losses, lse_view, ignore_index});
     if (!separate) *loss_view.as<float>() = reduced(losses, targets, ignore_index, reduction);
   }
-  return save ? py::object(py::make_tuple(loss, lse)) : loss;
+  return save ? py::object(list_of(loss, lse)) : loss;
 }
 
 py::object cross_entropy_gradient(py::handle grad, py::handle x, py::handle weight, py::handle target, py::handle lse,
-                                  int64_t ignore_index, py::handle reduction_name, bool need_x, bool need_weight) {
+                                  int64_t ignore_index, py::handle reduction_name, const py::tuple& needs) {
   EagerTensor tg(grad), tx(x), tw(weight), tt(target), tl(lse);
   TensorView targets;
   Reduction reduction;
-  if (read_eager({&tg, &tx, &tw, &tt, &tl}, Gradient::off) == Plain::no || !tg.view.defined) return py::none();
+  if (read_eager({&tg, &tx, &tw, &tt, &tl}) == Plain::no || !tg.view.defined) return py::none();
   if (!read_targets(tx.view, tw.view, tt.view, &targets) || !read_reduction(reduction_name, &reduction)) return py::none();
   TensorView rows = tx.view;
   if (!flatten_rows(&rows) || tg.view.dtype != DType::f32 || !tg.view.contiguous()) return py::none();
   const int64_t M = rows.shape[0];
   if (tg.view.numel() != (reduction == Reduction::none ? M : 1)) return py::none();
   LinearCrossEntropyBackwardParams params{{}, rows, tw.view, targets, tl.view, {}, {}, ignore_index};
-  py::object grad_x = py::none(), grad_weight = py::none();
-  if (need_x) grad_x = new_rows(tx.view, rows.shape[1], rows.dtype, &params.grad_x);
-  if (need_weight) grad_weight = new_tensor(rows.dtype, {tw.view.shape[0], tw.view.shape[1]}, &params.grad_weight);
+  py::tuple grads = no_gradients(needs);
+  if (is_needed(needs, 0)) grads[0] = new_rows(tx.view, rows.shape[1], rows.dtype, &params.grad_x);
+  if (is_needed(needs, 1)) grads[1] = new_tensor(rows.dtype, {tw.view.shape[0], tw.view.shape[1]}, &params.grad_weight);
   {
     py::gil_scoped_release release;
     if (reduction == Reduction::none) {
@@ -95,7 +94,7 @@ py::object cross_entropy_gradient(py::handle grad, py::handle x, py::handle weig
     }
     linear_cross_entropy_backward(params);
   }
-  return py::make_tuple(grad_x, grad_weight);
+  return grads;
 }
 
 }  // namespace

@@ -48,11 +48,11 @@ bool read_tables(const TensorView& x, TensorView* cos, TensorView* sin, py::hand
   return true;
 }
 
-// (q, k) rotated, or None for one that is None.
+// (q, k) or [q, k], rotated; None for one that is None.
 py::object rotary_eager(py::handle q, py::handle k, py::handle cos, py::handle sin, py::handle rotary_dim, bool inverse,
-                        Gradient gradient) {
+                        bool grad_enabled) {
   EagerTensor tq(q), tk(k), tc(cos), ts(sin);
-  const Plain plain = read_eager({&tq, &tk, &tc, &ts}, gradient);
+  const Plain plain = read_eager({&tq, &tk, &tc, &ts}, grad_enabled);
   if (plain == Plain::no) return py::none();
   const TensorView &vq = tq.view, &vk = tk.view, &some = vq.defined ? vq : vk;
   int nesting[2][kMaxDims];
@@ -66,7 +66,6 @@ py::object rotary_eager(py::handle q, py::handle k, py::handle cos, py::handle s
     for (int i : {0, 2, 3})
       if (vq.dtype != vk.dtype || vq.shape[i] != vk.shape[i]) return py::none();
   if (!read_tables(some, &tc.view, &ts.view, rotary_dim)) return py::none();
-  if (plain == Plain::wants_gradient) return py::bool_(false);
   py::object rotated[2] = {py::none(), py::none()};
   TensorView out[2];
   for (int i = 0; i < 2; ++i)
@@ -76,6 +75,7 @@ py::object rotary_eager(py::handle q, py::handle k, py::handle cos, py::handle s
     for (int i = 0; i < 2; ++i)
       if (views[i]->defined) rotary({out[i], *views[i], tc.view, ts.view, inverse});
   }
+  if (plain == Plain::wants_gradient) return list_of(rotated[0], rotated[1]);
   return py::make_tuple(rotated[0], rotated[1]);
 }
 

@@ -13,7 +13,7 @@ namespace {
 constexpr DType kTensorTypes[] = {DType::f32, DType::bf16, DType::f16, DType::i32, DType::i64, DType::boolean};
 
 struct Torch {
-  PyObject *tensor, *parameter, *requires_grad, *is_cpu;
+  PyObject *tensor, *parameter, *requires_grad;
   PyObject* dtypes[std::size(kTensorTypes)];
 };
 
@@ -23,7 +23,6 @@ const Torch& torch() {
     auto* names = new Torch{py::object(module.attr("Tensor")).release().ptr(),
                             py::object(module.attr("nn").attr("Parameter")).release().ptr(),
                             PyUnicode_InternFromString("requires_grad"),
-                            PyUnicode_InternFromString("is_cpu"),
                             {}};
     for (DType dtype : kTensorTypes)
       names->dtypes[static_cast<int>(dtype)] = py::object(module.attr(name_of(dtype))).release().ptr();
@@ -65,26 +64,24 @@ py::object new_tensor_by_call(DType dtype, const int64_t* shape, const int64_t* 
 
 }  // namespace
 
-Plain read_eager(std::initializer_list<EagerTensor*> tensors, Gradient gradient) {
+Plain read_eager(std::initializer_list<EagerTensor*> tensors, bool grad_enabled) {
   const Torch& names = torch();
   bool wants_gradient = false;
   for (EagerTensor* t : tensors) {
     if (!t->object || t->object == Py_None) continue;
     auto* type = reinterpret_cast<PyObject*>(Py_TYPE(t->object));
     if (type != names.tensor && type != names.parameter) return Plain::no;
-    try {
-      if (gradient == Gradient::asked) t->requires_grad = is_true(t->object, names.requires_grad);
-      if (!is_true(t->object, names.is_cpu)) return Plain::no;
-      read_tensor(t->object, &t->view);
-    } catch (const py::builtin_exception&) {  // a dtype or rank that no kernel takes
-      return Plain::no;
-    } catch (const py::error_already_set&) {  // no memory of its own: sparse, wrapped by a transform
-      return Plain::no;
-    }
-    if (t->view.numel() == 0) return Plain::no;
+    if (!try_read_tensor(t->object, &t->view) || t->view.numel() == 0) return Plain::no;
+    if (grad_enabled) t->requires_grad = is_true(t->object, names.requires_grad);
     wants_gradient |= t->requires_grad;
   }
   return wants_gradient ? Plain::wants_gradient : Plain::yes;
+}
+
+py::tuple no_gradients(const py::tuple& needs) {
+  py::tuple grads(needs.size());
+  for (size_t i = 0; i < needs.size(); ++i) grads[i] = py::none();
+  return grads;
 }
 
 bool read_dtype(PyObject* torch_dtype, DType* dtype) {

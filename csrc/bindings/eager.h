@@ -1,7 +1,11 @@
 // Whole op calls from plain eager code: arguments checked, outputs allocated and kernel run in one native call, which a
-// small op would otherwise spend several times its own time on in Python. A function here returns None for whatever is
-// not plain (other tensor types, dtypes or shapes that do not fit), and the op's Python code then takes the long way,
-// where errors are explained. Forward functions end in a `Gradient`:
+// small op would otherwise spend several times its own time on in Python.
+//
+// A function here returns None for whatever is not plain (other tensor types, dtypes or shapes that do not fit), and the
+// op's Python code then takes the long way, where errors are explained. A forward function that is told that gradients
+// are enabled returns a list where an input requires one: the results, then what the backward pass needs with the inputs.
+// A <op>_gradient() function returns what autograd wants of a node with the inputs of eager_function in
+// ops/_native_op.py: a gradient or None for each.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -10,12 +14,6 @@
 #include "bindings/tensor.h"
 
 namespace llmfast {
-
-enum class Gradient {
-  off,    // nothing will be differentiated
-  asked,  // False is returned where all else is plain, but an input requires a gradient
-  saved,  // compute, and return what the backward pass needs with the result
-};
 
 struct EagerTensor {
   PyObject* object = nullptr;  // borrowed
@@ -29,13 +27,28 @@ struct EagerTensor {
 enum class Plain { no, yes, wants_gradient };
 
 // Reads torch.Tensor or Parameter objects (not subclasses) or None that live on the CPU; `no`: one is something else, or
-// is empty. Only with Gradient::asked it looks whether one requires a gradient.
-Plain read_eager(std::initializer_list<EagerTensor*> tensors, Gradient gradient);
+// is empty.
+Plain read_eager(std::initializer_list<EagerTensor*> tensors, bool grad_enabled = false);
+
+// [items...], the answer where a gradient is wanted.
+template <class... Items>
+pybind11::list list_of(Items&&... items) {
+  pybind11::list list(sizeof...(items));
+  Py_ssize_t i = 0;
+  (PyList_SET_ITEM(list.ptr(), i++, pybind11::object(std::forward<Items>(items)).release().ptr()), ...);
+  return list;
+}
+
+// Whether autograd wants the gradient of input i; `needs`: ctx.needs_input_grad.
+inline bool is_needed(const pybind11::tuple& needs, int i) { return PyTuple_GET_ITEM(needs.ptr(), i) == Py_True; }
+
+// A tuple of so many None, as many as the node has inputs.
+pybind11::tuple no_gradients(const pybind11::tuple& needs);
 
 bool read_dtype(PyObject* torch_dtype, DType* dtype);  // false: none that kernels take
 
-// An uninitialised CPU tensor. With `nesting`, dimension nesting[0] is the outermost in memory, and so on; `view` is set
-// if given.
+// An uninitialised CPU tensor, from torch's allocator; like all that came through DLPack, its storage cannot be resized.
+// With `nesting`, dimension nesting[0] is the outermost in memory, and so on; `view` is set if given.
 pybind11::object new_tensor(DType dtype, const int64_t* shape, int ndim, TensorView* view = nullptr,
                             const int* nesting = nullptr);
 pybind11::object new_tensor(DType dtype, std::initializer_list<int64_t> shape, TensorView* view = nullptr);
@@ -46,24 +59,9 @@ pybind11::object new_rows(const TensorView& x, int64_t last, DType dtype, Tensor
 // t as a matrix of its last dimension, if its strides allow one.
 bool flatten_rows(TensorView* t);
 
-// Room for `count` floats that nobody wants to keep; the next call of an op in this thread overwrites them.
+// Contiguous floats that nobody wants to keep; the next call of an op in this thread overwrites them.
 TensorView scratch_floats(std::initializer_list<int64_t> shape);
 
 bool same_shape(const TensorView& a, const TensorView& b);
 
 }  // namespace llmfast
-
-namespace pybind11::detail {
-
-// From Python: torch.is_grad_enabled() for the first two, SAVED (ops/_native_op.py) for the last.
-template <>
-struct type_caster<llmfast::Gradient> {
-  PYBIND11_TYPE_CASTER(llmfast::Gradient, const_name("int"));
-  bool load(handle source, bool) {
-    if (!PyLong_Check(source.ptr())) return false;
-    value = static_cast<llmfast::Gradient>(PyLong_AsLong(source.ptr()));
-    return true;
-  }
-};
-
-}  // namespace pybind11::detail

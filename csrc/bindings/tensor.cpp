@@ -27,21 +27,39 @@ PyObject* tensor_type() {
   return type;
 }
 
+bool find_dtype(const dlpack::DataType& type, DType* dtype) {
+  if (type.lanes != 1) return false;
+  if (type.code == dlpack::kFloat && type.bits == 32) *dtype = DType::f32;
+  else if (type.code == dlpack::kFloat && type.bits == 16) *dtype = DType::f16;
+  else if (type.code == dlpack::kBfloat && type.bits == 16) *dtype = DType::bf16;
+  else if (type.code == dlpack::kInt && type.bits == 32) *dtype = DType::i32;
+  else if (type.code == dlpack::kInt && type.bits == 64) *dtype = DType::i64;
+  else if (type.code == dlpack::kBool && type.bits == 8) *dtype = DType::boolean;
+  else return false;
+  return true;
+}
+
 DType dtype_of(const dlpack::DataType& type) {
-  if (type.lanes == 1) {
-    if (type.code == dlpack::kFloat && type.bits == 32) return DType::f32;
-    if (type.code == dlpack::kFloat && type.bits == 16) return DType::f16;
-    if (type.code == dlpack::kBfloat && type.bits == 16) return DType::bf16;
-    if (type.code == dlpack::kInt && type.bits == 32) return DType::i32;
-    if (type.code == dlpack::kInt && type.bits == 64) return DType::i64;
-    if (type.code == dlpack::kBool && type.bits == 8) return DType::boolean;
-  }
+  DType dtype;
+  if (find_dtype(type, &dtype)) return dtype;
   throw py::type_error("unsupported tensor dtype (DLPack code " + std::to_string(type.code) + ", " +
                        std::to_string(type.bits) + " bits); expected float32, bfloat16, float16, int32, int64 or bool");
 }
 
 void check_rank(int ndim) {
   if (ndim > kMaxDims) throw py::value_error("tensor has " + std::to_string(ndim) + " dimensions, at most 6 are supported");
+}
+
+void fill(const dlpack::Tensor& tensor, DType dtype, TensorView* view) {
+  view->data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  view->dtype = dtype;
+  view->ndim = tensor.ndim;
+  view->defined = true;
+  view->device = static_cast<int16_t>(tensor.device.id);
+  for (int i = 0; i < tensor.ndim; ++i) {
+    view->shape[i] = tensor.shape[i];
+    view->stride[i] = tensor.strides[i];
+  }
 }
 
 // For a torch without the exchange API: the same facts through Python attributes, ten times slower.
@@ -95,14 +113,30 @@ bool read_tensor(PyObject* object, TensorView* view) {
   if (api->dltensor_from_py_object_no_sync(object, &tensor) != 0) throw py::error_already_set();
   check_device(tensor.device.type == kDevice);
   check_rank(tensor.ndim);
-  view->data = static_cast<char*>(tensor.data) + tensor.byte_offset;
-  view->dtype = dtype_of(tensor.dtype);
-  view->ndim = tensor.ndim;
-  view->device = static_cast<int16_t>(tensor.device.id);
-  for (int i = 0; i < tensor.ndim; ++i) {
-    view->shape[i] = tensor.shape[i];
-    view->stride[i] = tensor.strides[i];
+  fill(tensor, dtype_of(tensor.dtype), view);
+  return true;
+}
+
+bool try_read_tensor(PyObject* object, TensorView* view) {
+  const dlpack::ExchangeApi* api = exchange_api();
+  if (!api) {
+    try {
+      read_by_attributes(object, view);
+    } catch (const py::builtin_exception&) {
+      return false;
+    } catch (const py::error_already_set&) {
+      return false;
+    }
+    return view->defined = true;
   }
+  dlpack::Tensor tensor;
+  if (api->dltensor_from_py_object_no_sync(object, &tensor) != 0) {  // sparse, meta, wrapped by a transform
+    PyErr_Clear();
+    return false;
+  }
+  DType dtype;
+  if (tensor.device.type != kDevice || tensor.ndim > kMaxDims || !find_dtype(tensor.dtype, &dtype)) return false;
+  fill(tensor, dtype, view);
   return true;
 }
 

@@ -11,6 +11,7 @@ namespace llmfast {
 const dlpack::ExchangeApi* exchange_api();  // nullptr: this torch has none
 
 bool read_tensor(PyObject* object, TensorView* view);  // false: not a tensor; throws on an unsupported one
+bool try_read_tensor(PyObject* tensor, TensorView* view);  // false: an unsupported one
 
 }  // namespace llmfast
 

@@ -15,13 +15,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 
 from llmfast import backend
 from llmfast.nn.attention import KVCache, SelfAttention
 from llmfast.nn.layers import FFN, AddLayerNorm, AddRMSNorm, Linear
-from llmfast.ops._native_op import _plain_eager
+from llmfast.ops._native_op import _plain_eager, first_derivative
 from llmfast.ops.attention import broadcasts
 from llmfast.ops.ffn import ACTIVATIONS
 
@@ -166,7 +165,7 @@ class _BlockFunction(torch.autograd.Function):
         return out, stream_out
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx, d_out: Tensor, d_stream_out: Tensor):
         x, cos, sin, mask, cu_seqlens, stream_out, saved, *weights = ctx.saved_tensors
         needs = ctx.needs_input_grad[4:]

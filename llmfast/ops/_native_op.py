@@ -20,7 +20,6 @@ import torch
 from torch.autograd.function import once_differentiable
 
 __all__ = [
-    "SAVED",
     "NativeOp",
     "as_matrix",
     "autocast",
@@ -30,11 +29,15 @@ __all__ = [
     "check_tensor",
     "dense",
     "eager_function",
+    "first_derivative",
     "is_eager",
     "overrides_torch",
 ]
 
-SAVED = 2  # in the place of torch.is_grad_enabled(): compute, and return what the backward pass needs too
+_is_compiling = torch.compiler.is_compiling
+_is_autocast_enabled = torch.is_autocast_enabled
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_transforms_active = torch._C._are_functorch_transforms_active
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16)
@@ -84,8 +87,8 @@ class NativeOp:
         self.all.append(self)
 
     def __call__(self, *args):
-        if torch.compiler.is_compiling() or not _plain_eager(args):
-            if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
+        if _is_compiling() or not _plain_eager(args):
+            if _transforms_active() and not _is_compiling():
                 self._transformed = self._transformed or _functorch_function(self.name, self.op, *self._gradient)
                 return self._transformed.apply(*args)
             return self.op(*args)
@@ -124,33 +127,36 @@ def first_derivative(backward: Callable) -> Callable:
     guarded = once_differentiable(backward)
 
     def run(ctx, *grads):
-        return (guarded if torch.is_grad_enabled() else backward)(ctx, *grads)
+        return (guarded if _is_compiling() or torch.is_grad_enabled() else backward)(ctx, *grads)
 
     return run
 
 
-def eager_function(name: str, forward: Callable, native: Callable, backward: Callable) -> Callable:
-    """The gradient of a whole native call: an ``autograd.Function`` for arguments that native code has found plain.
+def eager_function(name: str, keep: Callable, native: Callable, backward: Callable) -> Callable:
+    """The graph node of a whole native call, an ``autograd.Function`` that has nothing left to compute.
 
     Args:
-        forward: ``(ctx, *args) -> outputs``, those that users see; other tensors for the backward pass may be saved too.
-        native: ``(ctx, *grads) -> gradients``, or None where they are not plain.
+        keep: ``(ctx, *inputs, computed) -> outputs``: saves what the gradient needs; `computed` is the list that native
+            code returns, results first.
+        native: ``(ctx, saved tensors, *grads) -> gradients``, or None where they are not plain.
         backward: the same for any gradients; calls ops.
 
     Returns:
         Its ``apply``, without the part written in Python, which only looks for what is not plain.
     """
-    guarded = once_differentiable(backward)
+    guarded = once_differentiable(lambda ctx, *grads: backward(ctx, ctx.saved_tensors, *grads))
 
     def run(ctx, *grads):
-        if torch.is_grad_enabled():
+        if _is_compiling() or torch.is_grad_enabled():
             return guarded(ctx, *grads)
-        if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
-            return backward(ctx, *grads)
-        done = native(ctx, *grads)
-        return backward(ctx, *grads) if done is None else done
+        saved = ctx.saved_tensors  # once: under torch.utils.checkpoint it can be had no second time
+        if not (_dispatch_modes() or _transforms_active()):
+            done = native(ctx, saved, *grads)
+            if done is not None:
+                return done
+        return backward(ctx, saved, *grads)
 
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(run)}
+    methods = {"forward": staticmethod(keep), "backward": staticmethod(run)}
     function = type(name, (torch.autograd.Function,), methods)
     return super(torch.autograd.Function, function).apply
 
@@ -172,17 +178,12 @@ def _functorch_function(name: str, op: Callable, setup_context: Callable | None,
 
 def is_eager(device: str = "cpu") -> bool:
     """Whether an op is called by plain eager code: no compiler, dispatch mode, functorch transform or autocast is on."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch.is_autocast_enabled(device)
-    )
+    return not (_is_compiling() or _dispatch_modes() or _transforms_active() or _is_autocast_enabled(device))
 
 
 def _plain_eager(args: Sequence) -> bool:
     """Whether a native function may be handed these arguments directly."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+    if _dispatch_modes() or _transforms_active():
         return False
     return all(type(a) in _PLAIN for a in args if isinstance(a, torch.Tensor))
 
@@ -203,7 +204,7 @@ def _any_requires_grad(args: Sequence) -> bool:
 def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """Casts floating tensors to the autocast dtype of their device while autocast is on there; else returns them."""
     device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
+    if not _is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors)

@@ -76,9 +76,7 @@ def attention(
     if is_eager():
         out = backend.native().attention(q, k, v, mask, causal, window, scale, softcap, torch.is_grad_enabled())
         if out is not None:
-            if out is not False:
-                return out
-            return _differentiable(q, k, v, mask, *_band(causal, window), *_score_options(q, scale, softcap))
+            return _differentiable(q, k, v, mask, out) if type(out) is list else out
     q, k, v = _checked(q, k, v, 4)
     _check_mask(mask, q, k)
     left, right = _band(causal, window)
@@ -128,10 +126,7 @@ def varlen_attention(
             q, k, v, cu_seqlens_q, cu_seqlens_k, causal, window, scale, softcap, torch.is_grad_enabled()
         )
         if out is not None:
-            if out is not False:
-                return out
-            options = *_band(causal, window), *_score_options(q, scale, softcap)
-            return _varlen_differentiable(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
+            return _varlen_differentiable(q, k, v, cu_seqlens_q, cu_seqlens_k, out) if type(out) is list else out
     q, k, v = _checked(q, k, v, 3)
     for name, bounds in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         check_tensor(name, bounds)
@@ -457,42 +452,40 @@ def _needed(ctx, grads):
     return (g if need else None for g, need in zip(grads, ctx.needs_input_grad))
 
 
-def _eager_forward(ctx, q, k, v, mask, *options):
-    out, lse = backend.native().attention_saved(q, k, v, mask, None, None, *options)
+def _keep(ctx, q, k, v, mask, computed):
+    out, lse, ctx.options = computed
     ctx.save_for_backward(q, k, v, out, lse, mask)
-    ctx.options = options
     return out
 
 
-def _eager_gradient(ctx, grad):
-    grads = backend.native().attention_gradient(grad, *ctx.saved_tensors, None, None, *ctx.options)
-    return None if grads is None else (*grads, None, None, None, None, None)
+def _eager_gradient(ctx, saved, grad):
+    return backend.native().attention_gradient(grad, *saved, None, None, *ctx.options, ctx.needs_input_grad)
 
 
-def _eager_gradient_by_ops(ctx, grad):
-    return _gradient(ctx, grad, None)
+def _eager_gradient_by_ops(ctx, saved, grad):
+    return *attention_backward(grad, *saved, *ctx.options), None, None
 
 
-def _varlen_eager_forward(ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, *options):
-    out, lse = backend.native().attention_saved(q, k, v, None, cu_seqlens_q, cu_seqlens_k, *options)
+def _varlen_keep(ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, computed):
+    out, lse, ctx.options = computed
     ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k)
-    ctx.options = options
     return out
 
 
-def _varlen_eager_gradient(ctx, grad):
-    *tensors, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
-    grads = backend.native().attention_gradient(grad, *tensors, None, cu_seqlens_q, cu_seqlens_k, *ctx.options)
-    return None if grads is None else (*grads, None, None, None, None, None, None)
+def _varlen_eager_gradient(ctx, saved, grad):
+    q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k = saved
+    return backend.native().attention_gradient(
+        grad, q, k, v, out, lse, None, cu_seqlens_q, cu_seqlens_k, *ctx.options, ctx.needs_input_grad
+    )
 
 
-def _varlen_eager_gradient_by_ops(ctx, grad):
-    return _varlen_gradient(ctx, grad, None)
+def _varlen_eager_gradient_by_ops(ctx, saved, grad):
+    return *varlen_attention_backward(grad, *saved, *ctx.options), None, None, None
 
 
-_differentiable = eager_function("attention", _eager_forward, _eager_gradient, _eager_gradient_by_ops)
+_differentiable = eager_function("attention", _keep, _eager_gradient, _eager_gradient_by_ops)
 _varlen_differentiable = eager_function(
-    "varlen_attention", _varlen_eager_forward, _varlen_eager_gradient, _varlen_eager_gradient_by_ops
+    "varlen_attention", _varlen_keep, _varlen_eager_gradient, _varlen_eager_gradient_by_ops
 )
 
 _OPTIONS = "SymInt? left, SymInt? right, float scale, float softcap"

@@ -6,7 +6,6 @@ import torch
 
 from llmfast import backend, reference
 from llmfast.ops._native_op import (
-    SAVED,
     NativeOp,
     check_dtype,
     check_floating,
@@ -58,11 +57,11 @@ def embedding(
             input_ids, weight, position_weight, position_ids, out_dtype, torch.is_grad_enabled()
         )
         if out is not None:
-            if out is not False:
+            if type(out) is not list:
                 return out
             if position_ids is not None:
                 position_ids = position_ids.expand(input_ids.shape)
-            return _differentiable(input_ids, weight, position_weight, position_ids, out_dtype)
+            return _differentiable(input_ids, weight, position_weight, position_ids, out_dtype, out)
     _check(input_ids, weight, position_weight, position_ids, out_dtype)
     if position_ids is not None:
         position_ids = position_ids.expand(input_ids.shape)
@@ -190,8 +189,12 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _gradient(ctx, grad):
-    input_ids, position_ids = ctx.saved_tensors
-    _, need_weight, need_position, _, _ = ctx.needs_input_grad
+    return _gradients(ctx, ctx.saved_tensors, grad)
+
+
+def _gradients(ctx, saved, grad):
+    input_ids, position_ids = saved
+    need_weight, need_position = ctx.needs_input_grad[1:3]
     return (
         None,
         _embedding_backward(grad, input_ids, ctx.V, ctx.dtype) if need_weight else None,
@@ -201,25 +204,28 @@ def _gradient(ctx, grad):
     )
 
 
-def _eager_forward(ctx, *args):
-    out = backend.native().embedding(*args, SAVED)
-    _setup_context(ctx, args, out)
-    return out
+def _keep(ctx, *args):
+    _setup_context(ctx, args[:-1], None)
+    return args[-1][0]
 
 
-def _eager_gradient(ctx, grad):
+def _eager_gradient(ctx, saved, grad):
     native = backend.native().embedding_gradient
-    input_ids, position_ids = ctx.saved_tensors
-    _, need_weight, need_position, _, _ = ctx.needs_input_grad
+    input_ids, position_ids = saved
+    need_weight, need_position = ctx.needs_input_grad[1:3]
     grad_weight = grad_position = None
     if need_weight and (grad_weight := native(grad, input_ids, ctx.V, ctx.dtype)) is None:
         return None
     if need_position and (grad_position := native(grad, position_ids, ctx.P, ctx.dtype)) is None:
         return None
-    return None, grad_weight, grad_position, None, None
+    return None, grad_weight, grad_position, None, None, None
 
 
-_differentiable = eager_function("embedding", _eager_forward, _eager_gradient, _gradient)
+def _eager_gradient_by_ops(ctx, saved, grad):
+    return *_gradients(ctx, saved, grad), None
+
+
+_differentiable = eager_function("embedding", _keep, _eager_gradient, _eager_gradient_by_ops)
 
 _embedding_backward = NativeOp(
     "embedding_backward(Tensor grad, Tensor? ids, SymInt V, ScalarType dtype) -> Tensor",

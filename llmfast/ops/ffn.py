@@ -6,7 +6,6 @@ import torch
 
 from llmfast import backend, reference
 from llmfast.ops._native_op import (
-    SAVED,
     NativeOp,
     as_matrix,
     autocast,
@@ -59,7 +58,7 @@ def ffn(
         arguments = x, up_weight, up_bias, gate_weight, down_weight, down_bias, ACTIVATIONS.index(activation)
         out = backend.native().ffn(*arguments, torch.is_grad_enabled())
         if out is not None:
-            return out if out is not False else _differentiable(*arguments)
+            return _differentiable(*arguments, out) if type(out) is list else out
     for name, tensor in (("x", x), ("up_weight", up_weight), ("down_weight", down_weight)):
         check_floating(name, tensor)
     if activation not in ACTIVATIONS:
@@ -204,30 +203,29 @@ def _gradient(ctx, grad, *_):
     return d_x, d_up, d_up_bias, d_gate, d_down, d_down_bias, None, None
 
 
-def _eager_forward(ctx, x, up_weight, up_bias, gate_weight, down_weight, down_bias, activation: int):
-    out, up, gate = backend.native().ffn(x, up_weight, up_bias, gate_weight, down_weight, down_bias, activation, SAVED)
+def _keep(ctx, x, up_weight, up_bias, gate_weight, down_weight, down_bias, activation: int, computed):
+    out, up, gate = computed
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, up_weight, gate_weight, down_weight, up, gate)
     ctx.activation = activation
     return out
 
 
-def _eager_gradient(ctx, grad):
-    grads = backend.native().ffn_gradient(grad, *ctx.saved_tensors, ctx.activation, ctx.needs_input_grad)
-    return None if grads is None else (*grads, None)
+def _eager_gradient(ctx, saved, grad):
+    return backend.native().ffn_gradient(grad, *saved, ctx.activation, ctx.needs_input_grad)
 
 
-def _eager_gradient_by_ops(ctx, grad):
+def _eager_gradient_by_ops(ctx, saved, grad):
     if grad is None:
-        return (None,) * 7
-    x, up_weight, gate_weight, down_weight, up, gate = ctx.saved_tensors
+        return (None,) * 8
+    x, up_weight, gate_weight, down_weight, up, gate = saved
     gate = x.new_empty(0) if gate is None else gate
     needed = list(ctx.needs_input_grad[:6])
     grads = ffn_backward(grad, x, up_weight, gate_weight, down_weight, up, gate, ctx.activation, needed)
-    return *(g if need else None for g, need in zip(grads, needed)), None
+    return *(g if need else None for g, need in zip(grads, needed)), None, None
 
 
-_differentiable = eager_function("ffn", _eager_forward, _eager_gradient, _eager_gradient_by_ops)
+_differentiable = eager_function("ffn", _keep, _eager_gradient, _eager_gradient_by_ops)
 
 ffn_backward = NativeOp(
     "ffn_backward(Tensor grad, Tensor x, Tensor up_weight, Tensor? gate_weight, Tensor down_weight, Tensor up,"

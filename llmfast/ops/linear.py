@@ -6,7 +6,6 @@ import torch
 
 from llmfast import backend, reference
 from llmfast.ops._native_op import (
-    SAVED,
     NativeOp,
     as_matrix,
     autocast,
@@ -43,7 +42,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     if is_eager():
         out = backend.native().linear(x, weight, bias, torch.is_grad_enabled())
         if out is not None:
-            return out if out is not False else _differentiable(x, weight, bias)
+            return _differentiable(x, weight, bias, out) if type(out) is list else out
     check_floating("x", x)
     check_floating("weight", weight)
     x, weight, bias = autocast(x, weight, bias)
@@ -145,16 +144,22 @@ def _gradient(ctx, grad):
     return tuple(g if need else None for g, need in zip(grads, needed))
 
 
-def _eager_forward(ctx, x, weight, bias):
+def _keep(ctx, x, weight, bias, computed):
     ctx.save_for_backward(x, weight)
-    return backend.native().linear(x, weight, bias, SAVED)
+    return computed[0]
 
 
-def _eager_gradient(ctx, grad):
-    return backend.native().linear_gradient(grad, *ctx.saved_tensors, *ctx.needs_input_grad)
+def _eager_gradient(ctx, saved, grad):
+    return backend.native().linear_gradient(grad, *saved, ctx.needs_input_grad)
 
 
-_differentiable = eager_function("linear", _eager_forward, _eager_gradient, _gradient)
+def _eager_gradient_by_ops(ctx, saved, grad):
+    needed = ctx.needs_input_grad[:3]
+    grads = linear_backward(grad, *saved, *needed)
+    return *(g if need else None for g, need in zip(grads, needed)), None
+
+
+_differentiable = eager_function("linear", _keep, _eager_gradient, _eager_gradient_by_ops)
 
 linear_backward = NativeOp(
     "linear_backward(Tensor grad, Tensor x, Tensor weight, bool need_x, bool need_weight, bool need_bias)"

@@ -6,7 +6,6 @@ import torch
 
 from llmfast import backend, reference
 from llmfast.ops._native_op import (
-    SAVED,
     NativeOp,
     as_matrix,
     autocast,
@@ -58,7 +57,7 @@ def linear_cross_entropy(
         arguments = x, weight, target, ignore_index, reduction
         loss = backend.native().linear_cross_entropy(*arguments, torch.is_grad_enabled())
         if loss is not None:
-            return loss if loss is not False else _differentiable(*arguments)
+            return _differentiable(*arguments, loss) if type(loss) is list else loss
     check_floating("x", x)
     check_floating("weight", weight)
     check_tensor("target", target)
@@ -170,34 +169,31 @@ def _gradient(ctx, grad, _):
     return grad_x if need_x else None, grad_weight if need_weight else None, None, None
 
 
-def _eager_forward(ctx, x, weight, target, ignore_index: int, reduction: str):
-    loss, lse = backend.native().linear_cross_entropy(x, weight, target, ignore_index, reduction, SAVED)
+def _keep(ctx, x, weight, target, ignore_index: int, reduction: str, computed):
+    loss, lse = computed
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, target, lse)
     ctx.options = ignore_index, reduction
     return loss
 
 
-def _eager_gradient(ctx, grad):
-    grads = backend.native().linear_cross_entropy_gradient(
-        grad, *ctx.saved_tensors, *ctx.options, *ctx.needs_input_grad[:2]
-    )
-    return None if grads is None else (*grads, None, None, None)
+def _eager_gradient(ctx, saved, grad):
+    return backend.native().linear_cross_entropy_gradient(grad, *saved, *ctx.options, ctx.needs_input_grad)
 
 
-def _eager_gradient_by_ops(ctx, grad):
+def _eager_gradient_by_ops(ctx, saved, grad):
     if grad is None:
-        return (None,) * 5
-    x, weight, target, lse = ctx.saved_tensors
+        return (None,) * 6
+    x, weight, target, lse = saved
     ignore_index, reduction = ctx.options
     if reduction == "mean":
         grad = grad / (target != ignore_index).sum()
     needs = ctx.needs_input_grad[:2]
     grads = linear_cross_entropy_backward(grad.expand(target.shape), x, weight, target, lse, ignore_index, *needs)
-    return *(g if need else None for g, need in zip(grads, needs)), None, None, None
+    return *(g if need else None for g, need in zip(grads, needs)), None, None, None, None
 
 
-_differentiable = eager_function("linear_cross_entropy", _eager_forward, _eager_gradient, _eager_gradient_by_ops)
+_differentiable = eager_function("linear_cross_entropy", _keep, _eager_gradient, _eager_gradient_by_ops)
 
 linear_cross_entropy_backward = NativeOp(
     "linear_cross_entropy_backward(Tensor grad, Tensor x, Tensor weight, Tensor target, Tensor lse, int ignore_index,"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from llmfast import backend, reference
-from llmfast.ops._native_op import SAVED, NativeOp, check_floating, dense, eager_function, is_eager
+from llmfast.ops._native_op import NativeOp, check_floating, dense, eager_function, is_eager
 
 __all__ = ["add_layer_norm", "add_rms_norm"]
 
@@ -50,7 +50,7 @@ def add_layer_norm(
     if is_eager() and out_dtype in _OUT_DTYPES:
         done = backend.native().add_norm(x, residual, weight, bias, eps, out_dtype, True, torch.is_grad_enabled())
         if done is not None:
-            return done if done is not False else _differentiate(x, residual, weight, bias, eps, out_dtype, True)
+            return _differentiate(x, residual, weight, bias, eps, done) if type(done) is list else done
     _check(x, residual, weight, bias, out_dtype)
     if not x.is_cpu and (reason := backend.why_not_native(x.device)):
         backend.count_fallback("add_layer_norm", reason)
@@ -79,7 +79,7 @@ def add_rms_norm(
     if is_eager() and out_dtype in _OUT_DTYPES:
         done = backend.native().add_norm(x, residual, weight, None, eps, out_dtype, False, torch.is_grad_enabled())
         if done is not None:
-            return done if done is not False else _differentiate(x, residual, weight, None, eps, out_dtype, False)
+            return _differentiate(x, residual, weight, None, eps, done) if type(done) is list else done
     _check(x, residual, weight, None, out_dtype)
     if not x.is_cpu and (reason := backend.why_not_native(x.device)):
         backend.count_fallback("add_rms_norm", reason)
@@ -243,17 +243,22 @@ def _save(ctx, x, residual, weight, bias, eps, output, mean, rstd) -> None:
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _gradients(ctx, grad_normed, grad_summed, needs):
+def _gradients_of(ctx, grad_normed, grad_summed, needs):
+    # Without a residual, the output `summed` is an empty tensor.
+    options = ctx.eps, ctx.x_dtype, ctx.bias_dtype
+    return _gradients(ctx.saved_tensors, options, grad_normed, grad_summed if ctx.has_residual else None, needs)
+
+
+def _gradients(saved, options, grad_normed, grad_summed, needs):
     """Gradients of x, residual, weight and bias; `needs` says of which."""
     need_x, need_residual, need_weight, need_bias = needs
-    summed, weight, mean, rstd = ctx.saved_tensors
-    if not ctx.has_residual:
-        grad_summed = None  # that output is an empty tensor
+    summed, weight, mean, rstd = saved
+    eps, x_dtype, bias_dtype = options
     if grad_normed is None:
         if grad_summed is None:
             return None, None, None, None
-        return grad_summed.to(ctx.x_dtype) if need_x else None, grad_summed, None, None
-    separate_x = need_x and ctx.x_dtype != summed.dtype
+        return grad_summed.to(x_dtype) if need_x else None, grad_summed, None, None
+    separate_x = need_x and x_dtype != summed.dtype
     need_total = need_residual or (need_x and not separate_x)
     total, grad_x, grad_weight, grad_bias = _norm_backward(
         grad_normed,
@@ -262,11 +267,11 @@ def _gradients(ctx, grad_normed, grad_summed, needs):
         weight,
         mean,
         rstd,
-        ctx.eps,
+        eps,
         need_total,
-        ctx.x_dtype if separate_x else None,
+        x_dtype if separate_x else None,
         need_weight,
-        ctx.bias_dtype if need_bias else None,
+        bias_dtype if need_bias else None,
     )
     return (
         (grad_x if separate_x else total) if need_x else None,
@@ -282,7 +287,7 @@ def _layer_norm_setup(ctx, inputs, output) -> None:
 
 
 def _layer_norm_gradient(ctx, grad_normed, grad_summed, _mean, _rstd):
-    return *_gradients(ctx, grad_normed, grad_summed, ctx.needs_input_grad[:4]), None, None
+    return *_gradients_of(ctx, grad_normed, grad_summed, ctx.needs_input_grad[:4]), None, None
 
 
 def _rms_norm_setup(ctx, inputs, output) -> None:
@@ -291,33 +296,35 @@ def _rms_norm_setup(ctx, inputs, output) -> None:
 
 
 def _rms_norm_gradient(ctx, grad_normed, grad_summed, _rstd):
-    grads = _gradients(ctx, grad_normed, grad_summed, (*ctx.needs_input_grad[:3], False))
+    grads = _gradients_of(ctx, grad_normed, grad_summed, (*ctx.needs_input_grad[:3], False))
     return *grads[:3], None, None
 
 
-def _differentiate(x, residual, weight, bias, eps: float, out_dtype: torch.dtype | None, centred: bool):
-    outputs = _differentiable(x, residual, weight, bias, eps, out_dtype, centred)
+def _differentiate(x, residual, weight, bias, eps: float, computed: list):
+    outputs = _differentiable(x, residual, weight, bias, eps, computed)
     return (outputs, x) if residual is None else outputs
 
 
-def _eager_forward(ctx, x, residual, weight, bias, eps: float, out_dtype: torch.dtype | None, centred: bool):
-    normed, summed, mean, rstd = backend.native().add_norm(x, residual, weight, bias, eps, out_dtype, centred, SAVED)
-    _save(ctx, x, residual, weight, bias, eps, (normed, summed), mean, rstd)
+def _keep(ctx, x, residual, weight, bias, eps: float, computed):
+    normed, summed, statistics = computed
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(summed, weight, statistics)
+    ctx.options = eps, x.dtype, None if bias is None else bias.dtype
     return normed if residual is None else (normed, summed)
 
 
-def _eager_gradient(ctx, grad_normed, grad_summed=None):
-    grads = backend.native().add_norm_gradient(
-        grad_normed, grad_summed, *ctx.saved_tensors, ctx.eps, *ctx.needs_input_grad[:4], ctx.x_dtype, ctx.bias_dtype
-    )
-    return None if grads is None else (*grads, None, None, None)
+def _eager_gradient(ctx, saved, grad_normed, grad_summed=None):
+    return backend.native().add_norm_gradient(grad_normed, grad_summed, *saved, *ctx.options, ctx.needs_input_grad)
 
 
-def _eager_gradient_by_ops(ctx, grad_normed, grad_summed=None):
-    return *_gradients(ctx, grad_normed, grad_summed, ctx.needs_input_grad[:4]), None, None, None
+def _eager_gradient_by_ops(ctx, saved, grad_normed, grad_summed=None):
+    summed, weight, statistics = saved
+    *means, rstd = statistics.view(-1, *summed.shape[:-1])
+    saved = summed, weight, means[0] if means else None, rstd
+    return *_gradients(saved, ctx.options, grad_normed, grad_summed, ctx.needs_input_grad[:4]), None, None
 
 
-_differentiable = eager_function("add_norm", _eager_forward, _eager_gradient, _eager_gradient_by_ops)
+_differentiable = eager_function("add_norm", _keep, _eager_gradient, _eager_gradient_by_ops)
 
 _norm_backward = NativeOp(
     "add_norm_backward(Tensor grad_normed, Tensor? grad_summed, Tensor summed, Tensor? weight, Tensor? mean,"

@@ -6,7 +6,6 @@ import torch
 
 from llmfast import backend, reference
 from llmfast.ops._native_op import (
-    SAVED,
     NativeOp,
     check_dtype,
     check_floating,
@@ -55,7 +54,7 @@ def rotary(
     if is_eager() and q is not None and k is not None:
         done = backend.native().rotary_pair(q, k, cos, sin, rotary_dim, False, torch.is_grad_enabled())
         if done is not None:
-            return done if done is not False else _differentiable(q, k, cos, sin, rotary_dim)
+            return _differentiable(q, k, cos, sin, rotary_dim, done) if type(done) is list else done
     cos, sin = _check(q, k, cos, sin, rotary_dim)
     if not q.is_cpu and (reason := backend.why_not_native(q.device)):
         backend.count_fallback("rotary", reason)
@@ -190,26 +189,26 @@ def _rotate_back(ctx, grad_q, grad_k, cos, sin, inverse: bool):
     return None if grad_q is None else rotated_q, None if grad_k is None else rotated_k
 
 
-def _eager_forward(ctx, q, k, cos, sin, rotary_dim: int | None):
+def _keep(ctx, q, k, cos, sin, rotary_dim: int | None, computed):
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(cos, sin)
     ctx.shapes = q.shape, k.shape
     ctx.rotary_dim = rotary_dim
-    return backend.native().rotary_pair(q, k, cos, sin, rotary_dim, False, SAVED)
+    return tuple(computed)
 
 
-def _eager_gradient(ctx, grad_q, grad_k):
-    grads = backend.native().rotary_pair(grad_q, grad_k, *ctx.saved_tensors, ctx.rotary_dim, True, False)
-    return None if grads is None else (*grads, None, None, None)
+def _eager_gradient(ctx, saved, grad_q, grad_k):
+    grads = backend.native().rotary_pair(grad_q, grad_k, *saved, ctx.rotary_dim, True, False)
+    return None if grads is None else (*grads, None, None, None, None)
 
 
-def _eager_gradient_by_ops(ctx, grad_q, grad_k):
-    cos, sin = ctx.saved_tensors
+def _eager_gradient_by_ops(ctx, saved, grad_q, grad_k):
+    cos, sin = saved
     half = _rotated(cos.shape[-1], ctx.shapes[0][3], ctx.rotary_dim) // 2
-    return *_rotate_back(ctx, grad_q, grad_k, cos[..., :half], sin[..., :half], True), None, None, None
+    return *_rotate_back(ctx, grad_q, grad_k, cos[..., :half], sin[..., :half], True), None, None, None, None
 
 
-_differentiable = eager_function("rotary", _eager_forward, _eager_gradient, _eager_gradient_by_ops)
+_differentiable = eager_function("rotary", _keep, _eager_gradient, _eager_gradient_by_ops)
 
 
 _rotary = NativeOp(

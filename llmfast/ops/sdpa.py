@@ -61,10 +61,7 @@ def scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, torch.is_grad_enabled()
         )
         if out is not None:
-            if out is not False:
-                return out
-            right = query.shape[2] - key.shape[2] if is_causal else None
-            return _differentiable(query, key, value, attn_mask, None, right, *_score_options(query, scale, None))
+            return _differentiable(query, key, value, attn_mask, out) if type(out) is list else out
     prepared = _prepare_twin(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     if isinstance(prepared, str):
         backend.count_fallback("scaled_dot_product_attention", prepared)

@@ -1,0 +1,219 @@
+"""Whole native calls (csrc/bindings/eager.h) against the long way through Python: same values, layouts and gradients."""
+
+import importlib
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import llmfast
+from llmfast import backend
+
+MODULES = ("attention", "embedding", "ffn", "linear", "linear_cross_entropy", "norm", "rotary", "sdpa")
+WHOLE_CALLS = (
+    "add_norm",
+    "attention",
+    "embedding",
+    "ffn",
+    "linear",
+    "linear_cross_entropy",
+    "rotary_pair",
+    "scaled_dot_product_attention",
+    "varlen_attention",
+)
+
+B, H, T, D, C, V = 2, 4, 3, 8, 16, 11
+
+
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(*shape, dtype=dtype)
+
+
+def heads(layout: str, H: int = H, T: int = T, dtype=torch.float32):
+    order = {"BHTD": (0, 1, 2, 3), "BTHD": (0, 2, 1, 3), "TBHD": (2, 0, 1, 3)}[layout]
+    sizes = (B, H, T, D)
+    return randn(*(sizes[i] for i in order), dtype=dtype).permute(*(order.index(i) for i in range(4)))
+
+
+def norm_cases():
+    bf16 = torch.bfloat16
+    x, stream, w = randn(B, T, C), randn(B, T, C), randn(C)
+    yield "layer", llmfast.add_layer_norm, (x, stream, w, w + 1), {}
+    yield "layer, no residual", llmfast.add_layer_norm, (x, None, w, None), {}
+    yield "layer, no weights", llmfast.add_layer_norm, (x, stream, None, None), {}
+    yield "layer, mixed", llmfast.add_layer_norm, (x.to(bf16), stream, w, w), {"out_dtype": bf16}
+    yield "layer, one row", llmfast.add_layer_norm, (randn(C), randn(C), w, w), {}
+    yield "rms", llmfast.add_rms_norm, (x, stream, w), {}
+    yield "rms, no residual", llmfast.add_rms_norm, (x.to(bf16), None, w.to(bf16)), {}
+    yield "rms, row stride", llmfast.add_rms_norm, (randn(B, T, 2 * C)[..., :C], None, w), {}
+
+
+def product_cases():
+    x, w = randn(B, T, C), randn(V, C)
+    target = torch.tensor([[1, -100, 3], [0, 10, -100]])
+    up, down = randn(24, C), randn(C, 24)
+    yield "linear", llmfast.linear, (x, w, randn(V)), {}
+    yield "linear, vector", llmfast.linear, (x[0, 0], w), {}
+    yield "linear, transposed weight", llmfast.linear, (x, randn(C, V).t()), {}
+    yield "ffn", llmfast.ffn, (x, up, randn(24), down, randn(C)), {}
+    yield "ffn, gated", llmfast.ffn, (x, up, None, down, None), {"activation": "silu", "gate_weight": randn(24, C)}
+    for reduction in ("mean", "sum", "none"):
+        yield f"loss, {reduction}", llmfast.linear_cross_entropy, (x, w, target), {"reduction": reduction}
+    yield "loss, all ignored", llmfast.linear_cross_entropy, (x, w, target * 0 + 4), {"ignore_index": 4}
+
+
+def attention_cases():
+    q, kv = heads("BHTD"), lambda layout="BHTD": (heads(layout, 2), heads(layout, 2))
+    yield "attention", llmfast.attention, (q, *kv()), {"causal": True}
+    for layout in ("BTHD", "TBHD"):
+        yield f"attention, {layout}", llmfast.attention, (heads(layout), *kv(layout)), {"causal": True, "scale": 0.3}
+    yield "attention, one token", llmfast.attention, (heads("BTHD", T=1), *kv()), {"causal": True}
+    yield "attention, window", llmfast.attention, (q, *kv()), {"window": 2, "softcap": 5}
+    yield "attention, two sides", llmfast.attention, (q, *kv()), {"window": (-1, 1)}
+    yield "attention, mask", llmfast.attention, (q, *kv()), {"mask": torch.rand(B, 1, 1, T) > 0.3}
+    yield "attention, bias", llmfast.attention, (q, *kv()), {"mask": randn(H, 1, T)}
+    sdpa = llmfast.scaled_dot_product_attention
+    yield "sdpa", sdpa, (q, heads("BTHD"), heads("BTHD", T=T)), {"is_causal": True}
+    yield "sdpa, more keys", sdpa, (heads("BHTD", T=2), q, q.clone()), {"is_causal": True}
+    yield "sdpa, groups", sdpa, (q, *kv()), {"enable_gqa": True, "attn_mask": torch.ones(T, T, dtype=torch.bool).tril()}
+    packed, bounds = (randn(7, H, D), randn(7, 2, D), randn(7, 2, D)), torch.tensor([0, 3, 3, 7])
+    yield "packed", llmfast.varlen_attention, (*packed, bounds, bounds), {"causal": True}
+    yield "packed, int32", llmfast.varlen_attention, (*packed, bounds.int(), bounds.int()), {"window": 2}
+
+
+def lookup_cases():
+    ids, table, positions = torch.randint(V, (B, T)), randn(V, C), randn(5, C)
+    yield "embedding", llmfast.embedding, (ids, table), {}
+    yield "embedding, positions", llmfast.embedding, (ids, table, positions), {"out_dtype": torch.bfloat16}
+    yield "embedding, ids", llmfast.embedding, (ids.int(), table, positions, torch.tensor([4, 0, 1])), {}
+    cos, sin = llmfast.rotary_tables(T, D)
+    for layout in ("BHTD", "BTHD", "TBHD"):
+        yield f"rotary, {layout}", llmfast.rotary, (heads(layout), heads(layout, 2), cos, sin), {}
+    one = llmfast.rotary_tables(torch.tensor([[5], [9]]), D)
+    yield "rotary, one token", llmfast.rotary, (heads("BTHD", T=1), heads("BTHD", 2, T=1), *one), {}
+    doubled = [torch.cat((t, t), -1) for t in llmfast.rotary_tables(T, D)]
+    yield "rotary, doubled", llmfast.rotary, (heads("BHTD"), heads("BHTD", 2), *doubled), {}
+    part = [torch.cat((t, t), -1)[None] for t in llmfast.rotary_tables(T, D // 2)]
+    yield "rotary, part", llmfast.rotary, (heads("BHTD"), heads("BHTD", 2), *part), {"rotary_dim": D // 2}
+
+
+def cases():
+    torch.manual_seed(0)
+    for group in (norm_cases, product_cases, attention_cases, lookup_cases):
+        yield from group()
+
+
+CASES = {name: case for name, *case in cases()}
+both = pytest.mark.parametrize("name", CASES)
+
+
+class Watched:
+    """The native module, with a note of what whole calls return."""
+
+    def __init__(self):
+        self.module, self.answers = backend.native(), []
+
+    def __getattr__(self, name):
+        function = getattr(self.module, name)
+        if name not in WHOLE_CALLS and not name.endswith("_gradient"):
+            return function
+
+        def noted(*args):
+            self.answers.append(function(*args))
+            return self.answers[-1]
+
+        return noted
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    module = Watched()
+    monkeypatch.setattr(backend, "_native", module)
+    return module
+
+
+def results(function, arguments, options):
+    out = function(*arguments, **options)
+    return out if isinstance(out, tuple) else (out,)
+
+
+def differentiated(function, arguments, options):
+    floating = [isinstance(a, torch.Tensor) and a.is_floating_point() for a in arguments]
+    arguments = [a.detach().requires_grad_() if f else a for a, f in zip(arguments, floating)]
+    leaves = [a for a, f in zip(arguments, floating) if f]
+    out = results(function, arguments, options)
+    torch.manual_seed(1)
+    grads = [torch.empty_like(o).normal_() for o in out]
+    return out, torch.autograd.grad(out, leaves, grads, allow_unused=True)
+
+
+def assert_same(given, expected):
+    assert len(given) == len(expected)
+    for a, b in zip(given, expected):
+        if a is None or b is None:
+            assert a is b
+            continue
+        assert a.dtype == b.dtype and a.shape == b.shape
+        assert [s for s, n in zip(a.stride(), a.shape) if n > 1] == [s for s, n in zip(b.stride(), b.shape) if n > 1]
+        torch.testing.assert_close(a, b, equal_nan=True)
+
+
+@both
+def test_whole_calls_agree_with_the_long_way(name, watched, monkeypatch):
+    out, (graph_out, grads) = results(*CASES[name]), differentiated(*CASES[name])
+    assert watched.answers and all(answer is not None for answer in watched.answers)
+    watched.answers.clear()
+    for module in MODULES:
+        monkeypatch.setattr(importlib.import_module(f"llmfast.ops.{module}"), "is_eager", lambda: False)
+    assert_same(out, results(*CASES[name]))
+    expected, expected_grads = differentiated(*CASES[name])
+    assert_same(graph_out, expected)
+    assert_same(grads, expected_grads)
+    assert not watched.answers
+
+
+@both
+def test_checkpoint_and_modes_reach_the_gradient(name):
+    function, arguments, options = CASES[name]
+    names = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    def run(*tensors):
+        return sum(o.float().sum() for o in results(function, tensors, options))
+
+    leaves = [
+        a.detach().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments
+    ]
+    checkpoint(run, *leaves, use_reentrant=False).backward()
+    with Mode():
+        run(*leaves).backward()
+    assert any(n.startswith("llmfast") for n in names)
+
+
+@both
+def test_no_second_derivative(name):
+    function, arguments, options = CASES[name]
+    floating = [isinstance(a, torch.Tensor) and a.is_floating_point() for a in arguments]
+    arguments = [a.detach().requires_grad_() if f else a for a, f in zip(arguments, floating)]
+    leaf = arguments[floating.index(True)]
+    loss = sum((o.float() ** 2).sum() for o in results(function, arguments, options) if o is not leaf)
+    (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad((grad**2).sum(), leaf)
+
+
+def test_outputs_are_ordinary_tensors():
+    x, w = randn(B, C), randn(V, C)
+    with torch.inference_mode():
+        assert llmfast.linear(x, w).is_inference()
+    with torch.device("meta"):
+        assert llmfast.linear(x, w).is_cpu
+    out = llmfast.linear(x, w.requires_grad_())
+    out.mul_(2).sum().backward()
+    torch.testing.assert_close(w.grad, 2 * x.sum(0).expand(V, C))
+    assert not llmfast.linear(x, w.detach()).requires_grad
