@@ -26,6 +26,7 @@ __all__ = [
     "check_tensor",
     "dense",
     "is_eager",
+    "is_plain",
     "overrides_torch",
 ]
 
@@ -139,6 +140,11 @@ def _plain_eager(args: Sequence) -> bool:
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return False
     return all(type(a) in _PLAIN for a in args if isinstance(a, torch.Tensor))
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` is one that eager code may look into: no compiler, mode or transform sees it."""
+    return not torch.compiler.is_compiling() and _plain_eager((tensor,))
 
 
 def overrides_torch(value: object) -> bool:
