@@ -26,9 +26,8 @@ inline int64_t chunk_end(int64_t begin, int64_t V) { return V - begin < kChunk ?
 
 // Running sums of powers of two: an array of floats each, a token a lane.
 struct Tokens {
-  float *reference, *sum;  // of one thread's share of the classes
-  float* target_logit;     // in powers of two; of all classes
-  const float* target;     // class, -1 if ignored
+  float *reference, *sum, *target_logit;  // of one thread's share of the classes; logits in powers of two
+  const float* target;                    // class, -1 if ignored
 };
 
 struct PowersEpilogue {
@@ -90,12 +89,12 @@ struct Block {
   MatrixRef x;
   const int64_t* target;
   Parts parts;
-  float *reference, *sum;        // [parts.classes][ld]
-  float *target_logit, *labels;  // [ld]
-  float* factors;                // [chunks][parts.classes][ld]; the references of the time before
-  float* powers;                 // [V, ld]
-  T* d_logits;                   // [kChunk, ld]
-  float* sum_x;                  // [R, C]
+  float *reference, *sum, *target_logit;  // [parts.classes][ld]
+  float* labels;                          // [ld]
+  float* factors;                         // [chunks][parts.classes][ld]; at first the references at the chunk's end
+  float* powers;                          // [V, ld]
+  T* d_logits;                            // [kChunk, ld]
+  float* sum_x;                           // [R, C]
   Kernel::Packed *packed_xt, *packed_x;
 
   float* factors_of(int64_t v, int part) const { return factors + (v / kChunk * parts.classes + part) * ld; }
@@ -103,13 +102,11 @@ struct Block {
 
 template <class T>
 void logits(const Block<T>& b) {
-  for (int64_t m = 0; m < b.ld; ++m) {
+  for (int64_t m = 0; m < b.ld; ++m)
     b.labels[m] = m < b.R && b.target[m] != b.p.ignore_index ? static_cast<float>(b.target[m]) : -1.0f;
-    b.target_logit[m] = 0.0f;
-  }
   for (int64_t i = 0; i < b.parts.classes * b.ld; ++i) {
     b.reference[i] = kNoReference;
-    b.sum[i] = 0.0f;
+    b.sum[i] = b.target_logit[i] = 0.0f;
   }
   pack_b(b.packed_xt, b.x.transposed(), b.R, b.C);
   const int threads = b.parts.classes * b.parts.tokens;
@@ -119,14 +116,13 @@ void logits(const Block<T>& b) {
     (void)state;
     const int part = omp_get_thread_num() / b.parts.tokens;
     const Range tokens = b.parts.tokens_of(b.R, omp_get_thread_num() % b.parts.tokens);
-    float *reference = b.reference + part * b.ld, *sum = b.sum + part * b.ld;
+    const Tokens mine{b.reference + part * b.ld, b.sum + part * b.ld, b.target_logit + part * b.ld, b.labels};
     for (int64_t v = 0; v < b.V; v = chunk_end(v, b.V)) {
       const Range classes = b.parts.classes_of(chunk_end(v, b.V) - v, part);
-      const PowersEpilogue epilogue{
-          {reference, sum, b.target_logit, b.labels}, b.powers + v * b.ld, b.ld, v, classes.begin};
+      const PowersEpilogue epilogue{mine, b.powers + v * b.ld, b.ld, v, classes.begin};
       gemm_rectangle(matrix(b.p.weight).offset(v, 0), b.packed_xt, b.C, classes, tokens, epilogue);
       float* references = b.factors_of(v, part);
-      for (int64_t m = tokens.begin; m < tokens.end; ++m) references[m] = reference[m];
+      for (int64_t m = tokens.begin; m < tokens.end; ++m) references[m] = mine.reference[m];
     }
   }
 }
@@ -137,14 +133,15 @@ template <class T>
 double losses(const Block<T>& b, float grad) {
   double loss = 0;
   for (int64_t m = 0; m < b.R; ++m) {
-    float reference = b.reference[m], sum = b.sum[m];
+    float reference = b.reference[m], sum = b.sum[m], target_logit = b.target_logit[m];
     for (int part = 1; part < b.parts.classes; ++part) {
       const float other = b.reference[part * b.ld + m], top = other > reference ? other : reference;
       sum = sum * __builtin_exp2f(reference - top) + b.sum[part * b.ld + m] * __builtin_exp2f(other - top);
       reference = top;
+      target_logit += b.target_logit[part * b.ld + m];  // zero but for one part
     }
     const bool counts = b.labels[m] >= 0.0f;
-    if (counts) loss += (reference + __builtin_log2f(sum) - b.target_logit[m]) * kLn2;
+    if (counts) loss += (reference + __builtin_log2f(sum) - target_logit) * kLn2;
     b.sum[m] = counts ? grad / sum : 0.0f;
     b.reference[m] = reference;
   }
@@ -226,10 +223,10 @@ void run(const LinearCrossEntropyJointParams& p) {
   Block<T> b{p, rows, C, V, ld, matrix(p.x), target, Parts::of(most, rows * most * C), {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
   b.powers = workspace<float>(Slot::hidden, (V + most) * ld);
   b.d_logits = reinterpret_cast<T*>(b.powers + V * ld);
-  b.reference = workspace<float>(Slot::norm_vectors, (2 + (2 + chunks) * b.parts.classes) * ld);
+  b.reference = workspace<float>(Slot::norm_vectors, (1 + (3 + chunks) * b.parts.classes) * ld);
   b.sum = b.reference + b.parts.classes * ld;
   b.target_logit = b.sum + b.parts.classes * ld;
-  b.labels = b.target_logit + ld;
+  b.labels = b.target_logit + b.parts.classes * ld;
   b.factors = b.labels + ld;
   b.sum_x = workspace<float>(Slot::reduction, rows * C);
   b.packed_xt = workspace<Kernel::Packed>(Slot::staging, packed_b_elements(rows, C) + packed_b_elements(C, rows) + 64);
