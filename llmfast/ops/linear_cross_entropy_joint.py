@@ -13,8 +13,8 @@ from llmfast.ops._native_op import NativeOp, as_matrix, is_plain
 
 __all__ = ["is_worthwhile", "linear_cross_entropy_joint"]
 
-# Logits of a block of rows, 128 MiB. Each further block costs a pass over grad_weight's float32 sums and two packings of
-# the weight, as much time as the products of some 90 rows: hence the fewest rows, however large the vocabulary.
+# Logits of a block of rows, in float32: 128 MiB. Each further block costs a pass over grad_weight's float32 sums and two
+# packings of the weight, as much time as the products of some 90 rows: hence the fewest rows, whatever the vocabulary.
 BLOCK_LOGITS = 1 << 25
 FEWEST_ROWS = 256
 # float32 sums for bfloat16 gradients of the weight, which several blocks need: 1 GiB, beyond it two passes are taken.
@@ -49,23 +49,26 @@ def is_worthwhile(x: torch.Tensor, weight: torch.Tensor, reduction: str) -> bool
     )
 
 
-def _rows(M: int, V: int) -> int:
-    """Rows to a block."""
+def _rows(M: int, C: int, V: int, sums: bool) -> int:
+    """Rows to a block. One block needs no `sums` ``[V, C]``, whose memory then serves its logits."""
     most = max(FEWEST_ROWS, BLOCK_LOGITS // V)
+    in_one = most + (C if sums else 0)
+    if M <= in_one:
+        return M
     blocks = -(-M // most)
     return -(-M // blocks)
 
 
 def _one_block(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    M = x.numel() // x.shape[-1]
-    return _rows(M, weight.shape[0]) == M
+    (V, C), M = weight.shape, x.numel() // x.shape[-1]
+    return _rows(M, C, V, sums=True) == M
 
 
 def _forward(x, weight, target, ignore_index: int, mean: bool, need_x: bool, need_weight: bool):
     loss, grad_x, grad_weight = _fake(x, weight, target, ignore_index, mean, need_x, need_weight)
     (V, C), M = weight.shape, target.numel()
-    rows = _rows(M, V)
-    sums = need_weight and rows < M and x.dtype != torch.float32
+    sums = need_weight and x.dtype != torch.float32
+    rows = _rows(M, C, V, sums)
     backend.native().linear_cross_entropy_joint(
         loss.view(1),
         grad_x.view(-1, C) if need_x else None,
@@ -76,7 +79,7 @@ def _forward(x, weight, target, ignore_index: int, mean: bool, need_x: bool, nee
         ignore_index,
         mean,
         rows,
-        x.new_empty(weight.shape, dtype=torch.float32) if sums else None,
+        x.new_empty(weight.shape, dtype=torch.float32) if sums and rows < M else None,
     )
     return loss, grad_x, grad_weight
 
