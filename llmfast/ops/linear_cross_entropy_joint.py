@@ -53,7 +53,7 @@ def _rows(M: int, C: int, V: int, sums: bool) -> int:
     """Rows to a block. One block needs no `sums` ``[V, C]``, whose memory then serves its logits."""
     most = max(FEWEST_ROWS, BLOCK_LOGITS // V)
     in_one = most + (C if sums else 0)
-    if M <= in_one:
+    if in_one >= M:
         return M
     blocks = -(-M // most)
     return -(-M // blocks)
