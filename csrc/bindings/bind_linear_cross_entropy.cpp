@@ -116,6 +116,14 @@ void bind_linear_cross_entropy(py::module_& m) {
         linear_cross_entropy_backward({grad, x, weight, target, lse, grad_x, grad_weight, ignore_index});
       },
       WithoutGil());
+  m.def(
+      "linear_cross_entropy_joint",
+      [](const TensorView& loss, const TensorView& grad_x, const TensorView& grad_weight, const TensorView& x,
+         const TensorView& weight, const TensorView& target, int64_t ignore_index, bool mean,
+         int64_t rows, const TensorView& workspace) {
+        linear_cross_entropy_joint({x, weight, target, loss, grad_x, grad_weight, ignore_index, mean, rows, workspace});
+      },
+      WithoutGil());
 }
 
 }  // namespace llmfast

@@ -24,16 +24,17 @@
   {Isa::avx512, dtypes, nullptr, avx512::function}, {Isa::avx2, dtypes, nullptr, avx2::function}, \
   {Isa::ref, dtypes, nullptr, ref::function}
 // The same with the bf16 targets' rows before them, for parameters that supports() holds for.
-#define LLMFAST_BF16_AND_VEC_ROWS(function, supports)                                                             \
+#define LLMFAST_BF16_AND_VEC_ROWS_OF(function, supports, dtypes)                                           \
   {Isa::amx, kBF16, supports, amx::function}, {Isa::avx512bf16, kBF16, supports, avx512bf16::function}, \
-  LLMFAST_VEC_ROWS(function, kAllFloat)
+  LLMFAST_VEC_ROWS(function, dtypes)
 #else
 #define LLMFAST_DECLARE_VEC(declaration) \
   namespace llmfast::ref { declaration; }
 #define LLMFAST_DECLARE_BF16(declaration)
 #define LLMFAST_VEC_ROWS(function, dtypes) {Isa::ref, dtypes, nullptr, ref::function}
-#define LLMFAST_BF16_AND_VEC_ROWS(function, supports) LLMFAST_VEC_ROWS(function, kAllFloat)
+#define LLMFAST_BF16_AND_VEC_ROWS_OF(function, supports, dtypes) LLMFAST_VEC_ROWS(function, dtypes)
 #endif
+#define LLMFAST_BF16_AND_VEC_ROWS(function, supports) LLMFAST_BF16_AND_VEC_ROWS_OF(function, supports, kAllFloat)
 #define LLMFAST_DECLARE_MM(declaration) \
   LLMFAST_DECLARE_VEC(declaration)      \
   LLMFAST_DECLARE_BF16(declaration)

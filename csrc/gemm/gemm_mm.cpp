@@ -158,11 +158,20 @@ void multiply_rectangle(MatrixRef a, const RightPanels& right, int64_t K, Range 
   pending.finish();
 }
 
+// What a product with K = 0 is.
+void rectangle_of_zeros(Range rows, Range cols, EpilogueRef epilogue) {
+  const float zeros[Kernel::kCols] = {};
+  for (int64_t m = rows.begin; m < rows.end; ++m)
+    for (int64_t n = cols.begin; n < cols.end; n += Kernel::kCols)
+      epilogue(zeros, m, n, 1, cols.end - n < Kernel::kCols ? cols.end - n : Kernel::kCols);
+}
+
 }  // namespace
 
 void gemm_rectangle(MatrixRef a, const Kernel::Packed* packed_b, int64_t K, Range rows, Range cols,
                     EpilogueRef epilogue) {
   if (rows.begin >= rows.end || cols.begin >= cols.end) return;
+  if (K == 0) return rectangle_of_zeros(rows, cols, epilogue);
   multiply_rectangle(a, {packed_b, {}, nullptr}, K, rows, cols, choose_blocking(rows.end - rows.begin, K), epilogue);
 }
 
@@ -209,13 +218,7 @@ void pack_b(Kernel::Packed* dst, MatrixRef b, int64_t N, int64_t K) {
 
 void gemm(MatrixRef a, MatrixRef b, GemmSize size, EpilogueRef epilogue) {
   if (size.M == 0 || size.N == 0) return;
-  if (size.K == 0) {
-    const float zeros[Kernel::kCols] = {};
-    for (int64_t m = 0; m < size.M; ++m)
-      for (int64_t n = 0; n < size.N; n += Kernel::kCols)
-        epilogue(zeros, m, n, 1, size.N - n < Kernel::kCols ? size.N - n : Kernel::kCols);
-    return;
-  }
+  if (size.K == 0) return rectangle_of_zeros({0, size.M}, {0, size.N}, epilogue);
   if (size.M <= Kernel::kFewRows && b.row_stride == 1) return gemm_few_rows(a, b, size, epilogue);
   if (size.M <= kAcrossRows && b.col_stride == 1) return gemm_few_rows_across(a, b, size, epilogue);
   const int threads = threads_for(size.M * size.N * size.K, 1 << 17);

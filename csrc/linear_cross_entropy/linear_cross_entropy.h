@@ -25,10 +25,25 @@ struct LinearCrossEntropyBackwardParams {
   TensorView workspace = {};  // float32, on GPUs
 };
 
+// Loss and gradients in one pass over blocks of rows, where grad[m] is one number that is known beforehand: `loss`, one
+// float32, is the sum of losses[m], or its mean over the rows that are not ignored (0 / 0 = NaN if there is none), and the
+// gradients are its. float32 and bfloat16, fewer than 2^24 classes. Memory: float32 for the logits of a block.
+struct LinearCrossEntropyJointParams {
+  TensorView x, weight, target;
+  TensorView loss;
+  TensorView grad_x, grad_weight;  // either may be undefined
+  int64_t ignore_index;
+  bool mean;
+  int64_t rows;               // of x to a block; rounded up to whole tiles
+  TensorView workspace = {};  // float32[V, C] for bfloat16 grad_weight of several blocks
+};
+
 void linear_cross_entropy_forward(const LinearCrossEntropyParams& params);
 void linear_cross_entropy_backward(const LinearCrossEntropyBackwardParams& params);
+void linear_cross_entropy_joint(const LinearCrossEntropyJointParams& params);
 
 }  // namespace llmfast
 
 LLMFAST_DECLARE_MM(void linear_cross_entropy_forward(const LinearCrossEntropyParams&))
 LLMFAST_DECLARE_MM(void linear_cross_entropy_backward(const LinearCrossEntropyBackwardParams&))
+LLMFAST_DECLARE_MM(void linear_cross_entropy_joint(const LinearCrossEntropyJointParams&))

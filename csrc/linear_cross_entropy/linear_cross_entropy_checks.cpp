@@ -44,4 +44,19 @@ void check_linear_cross_entropy_backward(const LinearCrossEntropyBackwardParams&
   require_gradient(p.grad_weight, "grad_weight", p.weight);
 }
 
+void check_linear_cross_entropy_joint(const LinearCrossEntropyJointParams& p) {
+  check_inputs(p.x, p.weight, p.target);
+  require(p.x.dtype != DType::f16, "x must be float32 or bfloat16");
+  require(p.x.numel() > 0 && p.weight.numel() > 0, "x and weight must not be empty");
+  require(p.weight.shape[0] < int64_t{1} << 24, "weight must have fewer than 2^24 rows");
+  require(p.rows > 0, "rows must be positive");
+  require_row_floats(p.loss, "loss", 1);
+  require_gradient(p.grad_x, "grad_x", p.x);
+  require_gradient(p.grad_weight, "grad_weight", p.weight);
+  if (!p.grad_weight.defined || p.x.dtype == DType::f32 || p.rows >= p.x.shape[0]) return;
+  require_shape(p.workspace, "workspace", {p.weight.shape[0], p.weight.shape[1]});
+  require_dtype(p.workspace, "workspace", DType::f32);
+  require_contiguous(p.workspace, "workspace");
+}
+
 }  // namespace llmfast

@@ -7,5 +7,6 @@ namespace llmfast {
 
 void check_linear_cross_entropy_forward(const LinearCrossEntropyParams& params);
 void check_linear_cross_entropy_backward(const LinearCrossEntropyBackwardParams& params);
+void check_linear_cross_entropy_joint(const LinearCrossEntropyJointParams& params);
 
 }  // namespace llmfast

@@ -12,6 +12,9 @@ const DispatchTable<LinearCrossEntropyParams> kForward("linear_cross_entropy",{
 const DispatchTable<LinearCrossEntropyBackwardParams> kBackward("linear_cross_entropy_backward",{
     LLMFAST_BF16_AND_VEC_ROWS(linear_cross_entropy_backward, nullptr)});
 
+const DispatchTable<LinearCrossEntropyJointParams> kJoint("linear_cross_entropy_joint",{
+    LLMFAST_BF16_AND_VEC_ROWS_OF(linear_cross_entropy_joint, nullptr, kF32 | kBF16)});
+
 void check_targets(const TensorView& target, int64_t V, int64_t ignore_index) {
   const auto* values = target.as<const int64_t>();
   for (int64_t m = 0; m < target.shape[0]; ++m)
@@ -33,6 +36,12 @@ void linear_cross_entropy_backward(const LinearCrossEntropyBackwardParams& p) {
   check_linear_cross_entropy_backward(p);
   check_targets(p.target, p.weight.shape[0], p.ignore_index);
   kBackward(p.x.dtype, p);
+}
+
+void linear_cross_entropy_joint(const LinearCrossEntropyJointParams& p) {
+  check_linear_cross_entropy_joint(p);
+  check_targets(p.target, p.weight.shape[0], p.ignore_index);
+  kJoint(p.x.dtype, p);
 }
 
 }  // namespace llmfast

@@ -195,7 +195,7 @@ def _cross_entropy(M: int, C: int, V: int) -> _Work:
     target = torch.randint(V, (M,), generator=torch.Generator().manual_seed(0))
     inputs = {"x": (M, C), "weight": (V, C), "target": target}
     values = 2 * (M * C + V * C)
-    natives = ("linear_cross_entropy", "linear_cross_entropy_backward")
+    natives = ("linear_cross_entropy_joint",)
     dims = {"M": M, "C": C, "V": V}
     return _Work("linear_cross_entropy", "forward+backward", dims, inputs, {}, 6 * M * C * V, values, natives)
 

@@ -31,6 +31,7 @@ __all__ = [
     "eager_function",
     "first_derivative",
     "is_eager",
+    "is_plain",
     "overrides_torch",
 ]
 
@@ -186,6 +187,11 @@ def _plain_eager(args: Sequence) -> bool:
     if _dispatch_modes() or _transforms_active():
         return False
     return all(type(a) in _PLAIN for a in args if isinstance(a, torch.Tensor))
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` is one that eager code may look into: no compiler, mode or transform sees it."""
+    return not torch.compiler.is_compiling() and _plain_eager((tensor,))
 
 
 def overrides_torch(value: object) -> bool:

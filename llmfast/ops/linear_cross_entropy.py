@@ -16,6 +16,7 @@ from llmfast.ops._native_op import (
     eager_function,
     is_eager,
 )
+from llmfast.ops.linear_cross_entropy_joint import is_worthwhile, linear_cross_entropy_joint
 
 __all__ = ["linear_cross_entropy"]
 
@@ -28,10 +29,11 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> torch.Tensor:
-    """``cross_entropy(x @ weight.T, target)`` in O(tokens) extra memory.
+    """``cross_entropy(x @ weight.T, target)`` in O(tokens + a block of logits) extra memory.
 
     Logits are float32 sums that live in registers; the backward pass computes them again, a chunk of the vocabulary at
-    a time.
+    a time. On the CPU, where a gradient is wanted and the loss is one number, both are computed in one pass over blocks
+    of rows, and ``backward`` only multiplies by the upstream gradient; use ``torch.no_grad`` for a loss alone.
 
     Args:
         x: ``[..., C]``, float32, bfloat16 or float16, any strides.
@@ -68,6 +70,8 @@ def linear_cross_entropy(
     if x.device.type != "cpu" and (reason := backend.why_not_native(x.device)):
         backend.count_fallback("linear_cross_entropy", reason)
         return reference.linear_cross_entropy(x, weight, target, ignore_index=ignore_index, reduction=reduction)
+    if is_worthwhile(x, weight, reduction):
+        return linear_cross_entropy_joint(x, weight, target, ignore_index, reduction == "mean")
     losses = _linear_cross_entropy(x, weight, target, ignore_index)[0]
     if reduction == "none":
         return losses
