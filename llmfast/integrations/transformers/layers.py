@@ -8,6 +8,7 @@ that pickling a patched model stores a plain one.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -216,6 +217,27 @@ def _rotated(q: Tensor, k: Tensor, position_embeddings: tuple[Tensor, Tensor]) -
     return ops.rotary(q, k, cos, sin, rotary_dim=cos.shape[-1])
 
 
+_CACHE_NAMES = ("cache", "past_key_values", "layer_past")  # since transformers 5.24; before; GPT-NeoX
+_cache_name_of: dict[type[nn.Module], str] = {}
+
+
+def _given_cache(cache: object, kwargs: dict) -> object:
+    """The cache of a call: `cache`, or what `kwargs` hold under another version's name for it, which is taken out."""
+    for name in _CACHE_NAMES:
+        other = kwargs.pop(name, None)
+        cache = other if cache is None else cache
+    return cache
+
+
+def _with_cache(module: nn.Module, cache: object) -> dict:
+    """The keyword that hands `cache` to a module, ours or transformers' own."""
+    kind = type(module)
+    if kind not in _cache_name_of:
+        parameters = inspect.signature(kind.forward).parameters
+        _cache_name_of[kind] = next(name for name in _CACHE_NAMES if name in parameters)
+    return {_cache_name_of[kind]: cache}
+
+
 def _attend(self: nn.Module, q, k, v, attention_mask, cache, softcap=None, **kwargs) -> Tensor:
     """``[B, Tq, Hq * D]`` on top of the cache."""
     if cache is not None:
@@ -234,25 +256,26 @@ def _runs_elsewhere(self: nn.Module, hidden_states: Tensor) -> bool:
 
 @_replacement
 def rotary_attention(
-    self: nn.Module, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs
+    self: nn.Module, hidden_states, position_embeddings=None, attention_mask=None, cache=None, **kwargs
 ):
     """Llama, Mistral, Qwen 2 and 3, Gemma 3, SmolLM 3: four projections, perhaps norms of queries and keys."""
-    return _rotary_attention(self, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+    return _rotary_attention(self, hidden_states, position_embeddings, attention_mask, cache, **kwargs)
 
 
 @_replacement
 def capped_rotary_attention(
-    self: nn.Module, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs
+    self: nn.Module, hidden_states, position_embeddings=None, attention_mask=None, cache=None, **kwargs
 ):
     """Gemma 2: the same with soft-capped scores."""
     kwargs["softcap"] = self.attn_logit_softcapping
-    return _rotary_attention(self, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+    return _rotary_attention(self, hidden_states, position_embeddings, attention_mask, cache, **kwargs)
 
 
-def _rotary_attention(self, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs):
+def _rotary_attention(self, hidden_states, position_embeddings, attention_mask, cache=None, **kwargs):
+    cache = _given_cache(cache, kwargs)
     if _runs_elsewhere(self, hidden_states):
         kwargs.pop("softcap", None)
-        return type(self).forward(self, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+        return type(self).forward(self, hidden_states, position_embeddings, attention_mask, cache, **kwargs)
     shape = (*hidden_states.shape[:-1], -1, self.head_dim)
     q = self.q_proj(hidden_states).view(shape)
     k = self.k_proj(hidden_states).view(shape)
@@ -262,32 +285,32 @@ def _rotary_attention(self, hidden_states, position_embeddings, attention_mask, 
     q, k = q.transpose(1, 2), k.transpose(1, 2)
     if getattr(self, "use_rope", True):
         q, k = _rotated(q, k, position_embeddings)
-    return self.o_proj(_attend(self, q, k, v, attention_mask, past_key_values, **kwargs)), None
+    return self.o_proj(_attend(self, q, k, v, attention_mask, cache, **kwargs)), None
 
 
 @_replacement
-def phi3_attention(
-    self: nn.Module, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs
-):
+def phi3_attention(self: nn.Module, hidden_states, position_embeddings=None, attention_mask=None, cache=None, **kwargs):
+    cache = _given_cache(cache, kwargs)
     if _runs_elsewhere(self, hidden_states):
-        return type(self).forward(self, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+        return type(self).forward(self, hidden_states, position_embeddings, attention_mask, cache, **kwargs)
     heads, kv_heads = self.config.num_attention_heads, self.num_key_value_heads
     qkv = self.qkv_proj(hidden_states).view(*hidden_states.shape[:-1], -1, self.head_dim)
     q, k, v = (t.transpose(1, 2) for t in qkv.split((heads, kv_heads, kv_heads), dim=2))
     q, k = _rotated(q, k, position_embeddings)
-    return self.o_proj(_attend(self, q, k, v, attention_mask, past_key_values, **kwargs)), None
+    return self.o_proj(_attend(self, q, k, v, attention_mask, cache, **kwargs)), None
 
 
 @_replacement
 def gpt_neox_attention(
-    self: nn.Module, hidden_states, attention_mask=None, layer_past=None, position_embeddings=None, **kwargs
+    self: nn.Module, hidden_states, attention_mask=None, cache=None, position_embeddings=None, **kwargs
 ):
+    cache = _given_cache(cache, kwargs)
     if _runs_elsewhere(self, hidden_states):
-        return type(self).forward(self, hidden_states, attention_mask, layer_past, position_embeddings, **kwargs)
+        return type(self).forward(self, hidden_states, attention_mask, cache, position_embeddings, **kwargs)
     qkv = self.query_key_value(hidden_states).view(*hidden_states.shape[:-1], -1, 3 * self.head_size)
     q, k, v = qkv.transpose(1, 2).chunk(3, dim=-1)
     q, k = _rotated(q, k, position_embeddings)
-    return self.dense(_attend(self, q, k, v, attention_mask, layer_past, **kwargs)), None
+    return self.dense(_attend(self, q, k, v, attention_mask, cache, **kwargs)), None
 
 
 # Blocks: the first residual sum goes into the norm that follows it
@@ -304,22 +327,24 @@ def pre_norm_block(
     hidden_states,
     attention_mask=None,
     position_ids=None,
-    past_key_values=None,
+    cache=None,
     use_cache=False,
     position_embeddings=None,
     **kwargs,
 ):
+    cache = _given_cache(cache, kwargs)
     kwargs.update(
         attention_mask=attention_mask,
         position_ids=position_ids,
-        past_key_values=past_key_values,
         use_cache=use_cache,
         position_embeddings=position_embeddings,
     )
     if _as_written(self):
-        return type(self).forward(self, hidden_states, **kwargs)
+        return type(self).forward(self, hidden_states, **_with_cache(self, cache), **kwargs)
     residual = hidden_states
-    hidden_states, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+    hidden_states, _ = self.self_attn(
+        hidden_states=self.input_layernorm(hidden_states), **_with_cache(self.self_attn, cache), **kwargs
+    )
     if hasattr(self, "resid_attn_dropout"):
         hidden_states = self.resid_attn_dropout(hidden_states)
     hidden_states, residual = _add_norm(self.post_attention_layernorm, hidden_states, residual)
@@ -336,19 +361,21 @@ def gemma_block(
     position_embeddings=None,
     attention_mask=None,
     position_ids=None,
-    past_key_values=None,
+    cache=None,
     **kwargs,
 ):
+    cache = _given_cache(cache, kwargs)
     kwargs.update(
         position_embeddings=position_embeddings,
         attention_mask=attention_mask,
         position_ids=position_ids,
-        past_key_values=past_key_values,
     )
     if _as_written(self):
-        return type(self).forward(self, hidden_states, **kwargs)
+        return type(self).forward(self, hidden_states, **_with_cache(self, cache), **kwargs)
     residual = hidden_states
-    hidden_states, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+    hidden_states, _ = self.self_attn(
+        hidden_states=self.input_layernorm(hidden_states), **_with_cache(self.self_attn, cache), **kwargs
+    )
     hidden_states = self.post_attention_layernorm(hidden_states)
     hidden_states, residual = _add_norm(self.pre_feedforward_layernorm, hidden_states, residual)
     return residual + self.post_feedforward_layernorm(self.mlp(hidden_states))
@@ -358,18 +385,19 @@ def gemma_block(
 def gpt2_block(
     self: nn.Module,
     hidden_states,
-    past_key_values=None,
+    cache=None,
     attention_mask=None,
     encoder_hidden_states=None,
     encoder_attention_mask=None,
     use_cache=False,
     **kwargs,
 ):
-    kwargs.update(past_key_values=past_key_values, attention_mask=attention_mask, use_cache=use_cache)
+    cache = _given_cache(cache, kwargs)
+    kwargs.update(attention_mask=attention_mask, use_cache=use_cache)
     if encoder_hidden_states is not None or _as_written(self):
         kwargs.update(encoder_hidden_states=encoder_hidden_states, encoder_attention_mask=encoder_attention_mask)
-        return type(self).forward(self, hidden_states, **kwargs)
-    attention, _ = self.attn(self.ln_1(hidden_states), **kwargs)
+        return type(self).forward(self, hidden_states, **_with_cache(self, cache), **kwargs)
+    attention, _ = self.attn(self.ln_1(hidden_states), **_with_cache(self.attn, cache), **kwargs)
     normed, residual = _add_norm(self.ln_2, attention, hidden_states)
     return residual + self.mlp(normed)
 
@@ -379,19 +407,20 @@ def opt_block(
     self: nn.Module,
     hidden_states,
     attention_mask=None,
-    past_key_values=None,
+    cache=None,
     use_cache=False,
     position_ids=None,
     **kwargs,
 ):
-    kwargs.update(attention_mask=attention_mask, past_key_values=past_key_values, position_ids=position_ids)
+    cache = _given_cache(cache, kwargs)
+    kwargs.update(attention_mask=attention_mask, position_ids=position_ids)
     if _as_written(self):
-        return type(self).forward(self, hidden_states, use_cache=use_cache, **kwargs)
+        return type(self).forward(self, hidden_states, use_cache=use_cache, **_with_cache(self, cache), **kwargs)
     before = self.do_layer_norm_before
     residual = hidden_states
     if before:
         hidden_states = self.self_attn_layer_norm(hidden_states)
-    hidden_states, _ = self.self_attn(hidden_states=hidden_states, **kwargs)
+    hidden_states, _ = self.self_attn(hidden_states=hidden_states, **_with_cache(self.self_attn, cache), **kwargs)
     hidden_states = nn.functional.dropout(hidden_states, self.dropout, self.training)
     norm = self.final_layer_norm if before else self.self_attn_layer_norm
     hidden_states, summed = _add_norm(norm, hidden_states, residual)
