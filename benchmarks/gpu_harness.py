@@ -286,7 +286,7 @@ def _said(name: str, entry: dict) -> str:
     )
     if "tokens_per_s" in entry:
         rate += f" {entry['tokens_per_s']:,.0f} tokens/s"
-    flags = (" WRONG " + json.dumps(entry["errors"])[:80] if entry["status"] != "ok" else "") + (
+    flags = (" WRONG " + json.dumps(entry.get("errors"))[:80] if entry["status"] != "ok" else "") + (
         " (fell back)" if entry.get("fell_back") else ""
     )
     return f"{name} {entry['median_ms']:.4g}ms {rate} {100 * entry.get('share', 0):.0f}%{flags}"

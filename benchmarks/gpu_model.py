@@ -5,7 +5,8 @@
 Both start from the same random weights and see the same tokens; losses have to agree. llmfast holds bfloat16 weights
 with float32 masters; the peer float32 weights under autocast, compiled, with fused AdamW. MFU counts the model's
 multiplications, attention's causal half included (`GPTConfig.flops_per_token`), against the product measured in the
-same run. Decoding is greedy, in bfloat16, the prompts' pass included. One JSON line a part; see gpu_harness.py.
+same run. Decoding is greedy, in bfloat16, the prompts' pass included; with and without graphs float32 tokens must be
+equal. One JSON line a part; see gpu_harness.py.
 """
 
 from __future__ import annotations
@@ -148,12 +149,14 @@ def decoding(B: int, options) -> dict:
         if (call := started(name, make, found, lambda call: call())) is not None:
             calls[name] = call
     tokens = {name: entry["result"] for name, entry in found.items() if entry["result"] is not None}
-    if {"llmfast", "llmfast without graph"} <= tokens.keys():
-        if not torch.equal(tokens["llmfast"], tokens["llmfast without graph"]):
-            found["llmfast"]["status"] = "wrong"
-        if "transformers" in tokens:  # near ties make texts of random weights part sooner or later
-            same = (tokens["llmfast"] == tokens["transformers"]).float().cumprod(1).mean().item()
-            print(f"  {same:.0%} of the tokens before the first difference from transformers", flush=True)
+    for name in tokens.keys() - {"llmfast"}:  # in bfloat16 near ties make texts of random weights part sooner or later
+        same = (tokens["llmfast"] == tokens[name]).float().cumprod(1).mean().item()
+        print(f"  {same:.0%} of the tokens before the first difference from {name}", flush=True)
+    exact = llmfast_model(peer)
+    with patch("llmfast.generate.decoding.why_not_graphed", return_value="checked without"):
+        expected = exact.generate(prompt, max_new_tokens=24, temperature=0)
+    if not torch.equal(exact.generate(prompt, max_new_tokens=24, temperature=0), expected):
+        found["llmfast"]["status"] = "wrong"
     dims = {"B": B, "prompt": peers.PROMPT, "new": peers.NEW}
     return row_of("gpt2 decoding", "greedy", dims, found, in_turns(calls, 1), B * peers.NEW)
 

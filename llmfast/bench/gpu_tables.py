@@ -22,7 +22,9 @@ def rate(provider: dict) -> str:
 
 
 def milliseconds(provider: dict) -> str:
-    return f"{provider['median_ms']:.3g} ms" if "median_ms" in provider else provider.get("status", "not run")
+    if "median_ms" not in provider:
+        return provider.get("status", "not run")
+    return f"{tables.significant(provider['median_ms'])} ms"
 
 
 def cells(row: dict) -> tuple[str, ...]:
@@ -61,7 +63,8 @@ def headline(row: dict) -> str:
 
 
 def markdown(rows: Sequence[dict]) -> str:
-    """One table; all rows are of one run. bfloat16 throughout."""
+    """One table; all rows are of one run, in bfloat16. Under it what its rows' notes say."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells(row)) + " |" for row in rows]
-    return "\n".join(lines)
+    notes = dict.fromkeys(row["note"] for row in rows if row.get("note"))
+    return "\n".join([*lines, *(f"\nNote: {note}." for note in notes)])

@@ -77,7 +77,8 @@ def results_section(results: Sequence[dict], *, whole: bool = True) -> str:
 
 def _order(run: Sequence[dict]) -> tuple[bool, bool, str]:
     kinds = {row["kind"] for row in run}
-    return "gpu" in kinds, "model" in kinds, run[0]["date"]
+    models = "model" in kinds or any(p.get("tokens_per_s") for row in run for p in row["providers"].values())
+    return "gpu" in kinds, models, run[0]["date"]
 
 
 def support_section() -> str:

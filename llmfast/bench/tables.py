@@ -19,6 +19,7 @@ __all__ = [
     "markdown",
     "problems",
     "share",
+    "significant",
     "terminal",
     "trend_lines",
 ]
@@ -117,8 +118,8 @@ def milliseconds(provider: dict) -> str:
         return provider.get("status", "not run")
     median, spread = provider["median_ms"], provider["iqr_ms"] / 2
     if provider["samples"] == 1:
-        return f"{_significant(median)} ms"
-    return f"{_significant(median)} ± {_significant(spread, 2)} ms"
+        return f"{significant(median)} ms"
+    return f"{significant(median)} ± {significant(spread, 2)} ms"
 
 
 def size(dims: dict) -> str:
@@ -213,7 +214,7 @@ def _layout(rows: Sequence[dict]) -> tuple[tuple[str, ...], Callable[[dict], tup
     return (SCALE_COLUMNS, scale_cells) if scaled else (COLUMNS, cells)
 
 
-def _significant(value: float, digits: int = 3) -> str:
+def significant(value: float, digits: int = 3) -> str:
     if value == 0:
         return "0"
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
