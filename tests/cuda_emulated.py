@@ -72,6 +72,8 @@ def use_device(which: str, arch: str, monkeypatch) -> str:
     for op in _native_op.NativeOp.all:
         if op.cuda is not None:
             monkeypatch.setattr(op, "run", op.cuda)
+    losses = sys.modules["llmfast.ops.linear_cross_entropy"]  # the package has a function of that name
+    monkeypatch.setattr(losses, "is_worthwhile", lambda *_: False)  # the CPU's kernel
     for name, module_of_op in list(sys.modules.items()):
         if name.startswith("llmfast.ops.") and hasattr(module_of_op, "is_eager"):
             monkeypatch.setattr(module_of_op, "is_eager", lambda *_: False)  # no shortcut to the CPU's kernels

@@ -17,6 +17,11 @@ def calls(op: str) -> int:
     return sum(row["calls"] for row in backend.implementations(op))
 
 
+@pytest.fixture(autouse=True)
+def _however_small(monkeypatch):
+    monkeypatch.setattr(joint, "LEAST_WORK", 0)
+
+
 @pytest.fixture
 def blocks(monkeypatch):
     """Blocks of 32 tokens, the fewest that every kernel takes, instead of hundreds."""
@@ -55,7 +60,7 @@ def test_two_passes_agree(isa, shape, dtype):
         assert_as_accurate(*triple, what=name)
 
 
-def test_when_it_is_used():
+def test_when_it_is_used(monkeypatch):
     x, weight, target = make(6, 8, 20)
     before = calls("linear_cross_entropy_joint")
     llmfast.linear_cross_entropy(x, weight, target)
@@ -65,6 +70,10 @@ def test_when_it_is_used():
     llmfast.linear_cross_entropy(x, weight, target, reduction="none").sum().backward()
     llmfast.linear_cross_entropy(x.half(), weight.half(), target).backward()
     assert calls("linear_cross_entropy_joint") == before
+    monkeypatch.setattr(joint, "LEAST_WORK", 6 * 8 * 20 + 1)
+    llmfast.linear_cross_entropy(x, weight, target).backward()
+    assert calls("linear_cross_entropy_joint") == before
+    monkeypatch.setattr(joint, "LEAST_WORK", 6 * 8 * 20)
     llmfast.linear_cross_entropy(x, weight, target).backward()
     assert calls("linear_cross_entropy_joint") == before + 1
 

@@ -55,7 +55,8 @@ def linear_cross_entropy(
     Example:
         >>> loss = llmfast.linear_cross_entropy(hidden, model.head_weight, targets)
     """
-    if is_eager():
+    tensors = isinstance(x, torch.Tensor) and isinstance(weight, torch.Tensor) and weight.dim() == 2
+    if is_eager() and not (tensors and is_worthwhile(x, weight, reduction)):
         arguments = x, weight, target, ignore_index, reduction
         loss = backend.native().linear_cross_entropy(*arguments, torch.is_grad_enabled())
         if loss is not None:
