@@ -4,6 +4,7 @@
 //   nvcc -std=c++17 -O3 -DLLMFAST_TARGET=cuda -Icsrc -gencode=arch=compute_90a,code=sm_90a -t 0
 //     benchmarks/native/hopper_attention_backward.cu csrc/attention/attention_bwd_sm80.cu csrc/core/cuda_device.cu
 //     -o hopper_attention_backward
+// (One file above 500 lines: a program that a single command builds and copies.)
 //   ./hopper_attention_backward check [part of a case's name]
 //   ./hopper_attention_backward time [part of a case's name]      the ways, from the first kernel to the last
 //   ./hopper_attention_backward kernels [part of a case's name]   and kernels of other tile shapes

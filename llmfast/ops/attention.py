@@ -1,4 +1,7 @@
-"""``attention``: masked attention over dense batches or packed sequences; nothing of size Tq x Tk is ever stored."""
+"""``attention``: masked attention over dense batches or packed sequences; nothing of size Tq x Tk is ever stored.
+
+One file above 500 lines: dense, packed, CPU and GPU calls share their checks and what they save.
+"""
 
 from __future__ import annotations
 
