@@ -1,5 +1,6 @@
 """Regenerates the generated parts of README.md and docs/benchmarks.md: the benchmark tables from result files, the
-support matrix from the dispatch tables. README has the GPU's rows and the CPU's models and ops, docs/benchmarks.md all.
+support matrix from the dispatch tables. README has the GPU's rows and the models and ops of the CPU measured last,
+docs/benchmarks.md all.
 
     python benchmarks/report.py            # rewrites README.md
     python benchmarks/report.py --check    # exits 1 if that would change it
@@ -47,10 +48,14 @@ def results_section(results: Sequence[dict], *, whole: bool = True) -> str:
     for row in rows.latest(results):
         runs.setdefault(json.dumps([row[key] for key in RUN], sort_keys=True), []).append(row)
     parts = []
-    for found in sorted(runs.values(), key=_order, reverse=True):
+    ordered = sorted(runs.values(), key=_order, reverse=True)
+    if not whole:  # of CPUs the one that was measured last
+        ordered = [run for run in ordered if run[0]["kind"] != "scale"]
+        on_cpu = [run[0] for run in ordered if run[0]["kind"] != "gpu"]
+        newest = max(on_cpu, key=lambda row: row["date"], default=None)
+        ordered = [run for run in ordered if run[0]["kind"] == "gpu" or run[0]["isa"] == newest["isa"]]
+    for found in ordered:
         first = found[0]
-        if not whole and first["kind"] == "scale":
-            continue
         on_gpu = first["kind"] == "gpu"
         headline = (gpu_tables if on_gpu else tables).headline(first)
         parts.append(f"{headline}. {first['date'][:10]}, commit {(first['commit'] or 'unknown')[:10]}:")
