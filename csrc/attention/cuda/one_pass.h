@@ -12,8 +12,9 @@ namespace llmfast::cuda {
 
 // In one pass from so many queries on that see a key, on average, since its sums cost the same however few there are.
 // 0: always, where it can; kUnbounded: never. Each way gives the same bits every time. Measured (H100, 16 heads, two
-// kernels against one pass): head dim 128 causal 4k 1.60 and 1.63 ms, 8k 3.10 and 2.91; full 4k 2.80 and 2.93; four heads
-// to a kv head, causal 4k, 3.15 and 3.71; head dim 64 causal 16k (32 heads) 6.33 and 6.42.
+// kernels against one pass; the first two perhaps beside other work): head dim 128 causal 4k 1.60 and 1.63 ms, 8k 3.10 and
+// 2.91; full 4k 2.80 and 2.93; four heads to a kv head, causal 4k, 3.15 and 3.71; head dim 64 causal 16k (32 heads) 6.33 and
+// 6.42.
 inline std::atomic<int64_t> one_pass_from{4096};
 constexpr int64_t kLeastOnePassKeys = 8192;
 constexpr int64_t kLeastOnePassBlocks = 128;  // fewer leave multiprocessors idle, which grad_q's own kernel would use
