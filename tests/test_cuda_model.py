@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from conftest import assert_as_accurate
 from training import one_thread, tiny_config, train
 
 import llmfast
@@ -143,6 +144,26 @@ def test_decoding_by_graph(cuda, monkeypatch, family, prompts):
         found = [row.tolist() for row in model.generate([torch.tensor(p, device=cuda) for p in prompts], **options)]
     assert found == expected
     assert captured == [8, 16, len(prompts[0]) + 17]
+
+
+def test_graphed_steps_are_as_accurate(cuda, monkeypatch):
+    """Attention walks over hidden columns too and cuts its sums elsewhere, so bfloat16 logits may round differently."""
+    if cuda == "cpu":  # the emulation has no graphs: the step itself
+        monkeypatch.setattr(graphs.GraphedStep, "_capture", lambda self: self._step)
+    torch.manual_seed(0)
+    exact = GPT(FAMILIES["gpt2"].replace(context=300)).to(cuda)
+    model, B, T = copy.deepcopy(exact).bfloat16(), 8, 130
+    ids = torch.randint(model.config.vocab_size, (B, T + 2)).to(cuda)
+    graphed, plain = model.caches(300), model.caches(300)
+    with torch.no_grad():
+        for caches in (graphed, plain):
+            model(ids[:, :T], caches=caches, last_only=True)
+        step = graphs.GraphedStep(model, graphed, torch.full((B, 1), T, device=cuda), None)
+        for end in (T + 1, T + 2):
+            ours = step(ids[:, end - 1 : end])
+            theirs = model(ids[:, end - 1 : end], caches=plain, last_only=True)[:, -1]
+            truth = exact(ids[:, :end], last_only=True)[:, -1].double()
+            assert_as_accurate(ours, theirs, truth, what=f"logits after {end} tokens")
 
 
 def test_when_graphs_are_used(monkeypatch):

@@ -3,7 +3,8 @@
 Prompts of different lengths are padded on the left, so that all rows end at the same column. Padding is masked out for
 every later query, and positions count from each row's first real token, so a row computes what it would alone.
 
-On a GPU the steps after the prompts replay a CUDA graph (graphs.py), with the same results.
+On a GPU the steps after the prompts replay a CUDA graph (graphs.py), with the same results up to
+rounding: attention walks over hidden columns too, which cuts its sums elsewhere.
 """
 
 from __future__ import annotations
