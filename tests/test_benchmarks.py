@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmfast import backend
 from llmfast.bench import cases, harness, plots, report, rows, scale, steps, tables
 from llmfast.bench.harness import Budget, Case, Contest, Provider
 from llmfast.bench.limits import Limits
@@ -192,6 +193,16 @@ def test_smoke_cases_are_right_in_every_implementation(one_thread):
     assert tables.problems(found) == []
     peers = {name: p["status"] for row in found for name, p in row["providers"].items() if not p["ours"]}
     assert set(peers.values()) <= {"ok", "not run"}, peers
+
+
+def test_a_gpus_rows_are_no_instruction_sets(monkeypatch):
+    rows = [
+        {"isa": isa, "dtypes": ["float32"], "available": isa != "amx", "why_not": "", "calls": 0}
+        for isa in ("amx", "avx2", "ref", "sm90a", "sm80")
+    ]
+    monkeypatch.setattr(backend, "implementations", lambda op: rows)
+    assert cases._lower_isas(["linear"], torch.float32) == ["ref"]
+    assert cases._lower_isas(["linear"], torch.bfloat16) == []
 
 
 def test_unknown_op_is_refused():

@@ -51,7 +51,7 @@ def tiny_config(folder: Path, **changes) -> PretrainConfig:
     values = dict(
         data=str(folder / "input.txt"), tokenizer="char", out=str(folder / "run"), preset="gpt-nano", layers=2, heads=2,
         width=32, context=32, seq_len=32, batch_size=4, steps=20, warmup=3, lr=3e-3, val_every=5, val_batches=2,
-        sample_every=0, log_every=1, threads=1, dtype="float32",
+        sample_every=0, log_every=1, threads=1, dtype="float32", device="cpu",
     )  # fmt: skip
     return PretrainConfig(**{**values, **changes})
 

@@ -113,10 +113,10 @@ def _random(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tens
 
 
 def _lower_isas(natives: Iterable[str], dtype: torch.dtype) -> list[str]:
-    """Instruction sets below the best that have a row of their own for the op."""
+    """The processor's instruction sets below its best that have a row of their own for the op."""
     name = str(dtype).removeprefix("torch.")
     rows = [row for op in natives if op in backend.ops() for row in backend.implementations(op)]
-    isas = {row["isa"] for row in rows if row["available"] and name in row["dtypes"]}
+    isas = {row["isa"] for row in rows if row["available"] and name in row["dtypes"] and row["isa"] in backend.ISAS}
     return sorted(isas, key=backend.ISAS.index, reverse=True)[1:]
 
 
