@@ -260,10 +260,46 @@ def test_report_is_idempotent_and_keeps_the_rest(tmp_path, capsys):
     assert report.main(arguments) == 0
     text = readme.read_text()
     assert text.startswith("# top\n<!-- bench:start -->\n") and text.endswith("<!-- bench:end -->\nmiddle\n")
-    assert "| linear | fp32 | M=2 K=3 N=4 | 2.00 ± 0.10 ms | 5.00 ± 0.050 ms torch | 2.50× | 50% compute |  |" in text
-    assert "old" not in text
+    assert "linear, FFN, LM head + cross-entropy: 1 cases, fp32 | ahead in 1 |" in text and "old" not in text
     assert report.main(arguments) == 0 and readme.read_text() == text
     assert report.main([*arguments, "--check"]) == 0
+
+
+def test_summary_is_a_part_a_machine():
+    rows_of_linear = [example_row(dims={"M": m}) for m in (1, 2, 3)]
+    for row, peer in zip(rows_of_linear, (1.0, 3.0, 8.0)):  # llmfast: 2
+        row["providers"] = {**row["providers"], "torch": {**row["providers"]["torch"], "median_ms": peer}}
+        row["best"] = harness.compare(row["providers"])
+    model = example_row(kind="model", case="decode", direction="step", dims={"B": 1}, date="2026-01-03")
+    model["providers"]["llmfast"]["tokens_per_s"] = 123.0
+    elsewhere = example_row(date="2027-01-01", threads=7)
+    lines = report.summary_section([*rows_of_linear, model, elsewhere, scale_row(128, 1.0)]).splitlines()
+    processor = rows.processor(model["machine"])
+    assert lines[2].startswith(f"| {processor}, 7 threads, ") and "1 cases, fp32 | ahead in 1 |" in lines[2]
+    assert lines[3].startswith(f"| {processor}, {model['threads']} threads, {model['isa']} | decode, fp32, B=1 | ")
+    assert "2.00 ± 0.10 ms, 123 tokens/s | 5.00" in lines[3] and "2.50×" in lines[3]
+    assert lines[4].startswith("|  | linear, FFN") and "3 cases, fp32 | ahead in 2 |" in lines[4]
+    assert "median 1.50×, 0.50 to 4×" in lines[4]
+    assert lines[5] == "", "the sweep is not in it"
+
+
+def test_processors_of_one_name_are_told_apart():
+    new, other = example_row(), example_row(isa="another")
+    old = example_row(machine={key: value for key, value in new["machine"].items() if key != "model"})
+    new["machine"] = {**new["machine"], "model": "family 26, model 2"}
+    assert rows.latest([old, new, other]) == [old, new, other]
+    assert "(family 26, model 2), " in tables.headline(new) and "family" not in tables.headline(old)
+
+
+def test_report_has_every_row(tmp_path):
+    readme, every = tmp_path / "README.md", tmp_path / "all.md"
+    for path in (readme, every):
+        path.write_text("<!-- bench:start -->\n<!-- bench:end -->\n")
+    rows.append(tmp_path / "a.jsonl", example_row())
+    arguments = ["--readme", str(readme), "--tables", str(every), "--results", str(tmp_path), "--part", "bench"]
+    assert report.main(arguments) == 0
+    line = "| linear | fp32 | M=2 K=3 N=4 | 2.00 ± 0.10 ms | 5.00 ± 0.050 ms torch | 2.50× | 50% compute |  |"
+    assert line in every.read_text() and line not in readme.read_text()
 
 
 def test_report_wants_its_markers():

@@ -1,6 +1,5 @@
 """Regenerates the generated parts of README.md and docs/benchmarks.md: the benchmark tables from result files, the
-support matrix from the dispatch tables. README has the GPU's rows and the models and ops of the CPU measured last,
-docs/benchmarks.md all.
+support matrix from the dispatch tables. README has a summary of each machine, docs/benchmarks.md every row.
 
     python benchmarks/report.py            # rewrites README.md
     python benchmarks/report.py --check    # exits 1 if that would change it
@@ -16,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llmfast import backend
-from llmfast.bench import gpu_tables, rows, tables
+from llmfast.bench import gpu_tables, rows, summary, tables
 
-__all__ = ["main", "replace_between", "results_section", "support_section"]
+__all__ = ["main", "replace_between", "results_section", "summary_section", "support_section"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 RUN = ("machine", "isa", "versions", "date", "commit", "command", "limits")  # what all rows of a run share
@@ -38,23 +37,34 @@ def replace_between(text: str, marker: str, body: str) -> str:
     return f"{before}{start}\n{body.strip()}\n{end}{after}"
 
 
-def results_section(results: Sequence[dict], *, whole: bool = True) -> str:
-    """The benchmark tables: one for each run, under the limits and the software of that run; GPUs first, then newest
-    runs first, and in them models before ops, then sweeps (if `whole`). A case that a later run of the same machine
-    measured again is left out."""
+NO_RESULTS = "No results yet: `llmfast bench all --json benchmarks/results/NAME.jsonl` measures this machine."
+
+
+def summary_section(results: Sequence[dict]) -> str:
+    """README's table and what its columns mean."""
     if not results:
-        return "No results yet: `llmfast bench all --json benchmarks/results/NAME.jsonl` measures this machine."
+        return NO_RESULTS
+    return (
+        f"{summary.markdown(results)}\n\n"
+        "Medians of calls that take turns, after a check against float64 (operations) or float32 losses (models). *Best of "
+        "the others*: the fastest way that PyTorch or transformers has on the machine, whatever its dtype for models; on "
+        "GPUs cuBLAS, cuDNN, flash and torch.compile among them. *Ratio*: its time over llmfast's; of operations, over all "
+        "cases measured. *Of limit*: share of the products or memory traffic that the machine can do at most, measured in "
+        "the same run."
+    )
+
+
+def results_section(results: Sequence[dict]) -> str:
+    """The benchmark tables: one for each run, under the limits and the software of that run; GPUs first, then newest
+    runs first, and in them models before ops, then sweeps. A case that a later run of the same machine measured again
+    is left out."""
+    if not results:
+        return NO_RESULTS
     runs: dict[str, list[dict]] = {}
     for row in rows.latest(results):
         runs.setdefault(json.dumps([row[key] for key in RUN], sort_keys=True), []).append(row)
     parts = []
-    ordered = sorted(runs.values(), key=_order, reverse=True)
-    if not whole:  # of CPUs the one that was measured last
-        ordered = [run for run in ordered if run[0]["kind"] != "scale"]
-        on_cpu = [run[0] for run in ordered if run[0]["kind"] != "gpu"]
-        newest = max(on_cpu, key=lambda row: row["date"], default=None)
-        ordered = [run for run in ordered if run[0]["kind"] == "gpu" or run[0]["isa"] == newest["isa"]]
-    for found in ordered:
+    for found in sorted(runs.values(), key=_order, reverse=True):
         first = found[0]
         on_gpu = first["kind"] == "gpu"
         headline = (gpu_tables if on_gpu else tables).headline(first)
@@ -63,11 +73,11 @@ def results_section(results: Sequence[dict], *, whole: bool = True) -> str:
         if on_gpu:
             parts.append(gpu_tables.markdown(found))
             continue
-        for kinds in (("model", "op"), ("scale",)) if whole else (("model", "op"),):
+        for kinds in (("model", "op"), ("scale",)):
             part = sorted((r for r in found if r["kind"] in kinds), key=lambda r: kinds.index(r["kind"]))
             if part:
                 parts.append(tables.markdown(part))
-        lines = tables.trend_lines([row for row in found if row["kind"] == "scale"]) if whole else []
+        lines = tables.trend_lines([row for row in found if row["kind"] == "scale"])
         if lines:
             parts.append("\n".join(f"- {line}" for line in lines))
     parts.append(
@@ -113,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = rows.read(sorted(options.results.glob("*.jsonl")))
     sections = {options.readme: {}}
     if options.part in ("all", "bench"):
-        sections[options.readme]["bench"] = results_section(results, whole=False)
+        sections[options.readme]["bench"] = summary_section(results)
         every = options.tables or options.readme.parent / "docs" / "benchmarks.md"
         if every.exists():
             sections[every] = {"bench": results_section(results)}

@@ -16,7 +16,7 @@ import llmfast
 from llmfast import backend
 from llmfast.bench.limits import Limits
 
-__all__ = ["append", "context", "latest", "read"]
+__all__ = ["append", "context", "latest", "processor", "read"]
 
 SCHEMA = 1
 PACKAGES = ("torch", "transformers", "numpy")
@@ -35,7 +35,13 @@ def context(command: str, limits: Limits | None, threads: int) -> dict:
         "schema": SCHEMA,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
-        "machine": {"cpu": info["cpu"], "cores": _cores(), "memory_gb": _memory_gb(), "gpu": info["gpu"]},
+        "machine": {
+            "cpu": info["cpu"],
+            "model": _processor_model(),
+            "cores": _cores(),
+            "memory_gb": _memory_gb(),
+            "gpu": info["gpu"],
+        },
         "threads": threads,
         "isa": info["isa"],
         "versions": versions,
@@ -76,11 +82,26 @@ def latest(rows: Iterable[dict]) -> list[dict]:
     """Of rows that measure the same on the same machine, the newest, in the place of the first."""
     newest: dict[str, dict] = {}
     for row in rows:
-        what = [row["machine"], row["threads"], *(row[k] for k in ("kind", "case", "direction", "dtype", "dims"))]
+        what = [row[k] for k in ("machine", "threads", "isa", "kind", "case", "direction", "dtype", "dims")]
         key = json.dumps(what, sort_keys=True)
         if key not in newest or row["date"] >= newest[key]["date"]:
             newest[key] = row
     return list(newest.values())
+
+
+def processor(machine: dict) -> str:
+    """The processor's name, with the family and model that tell virtual machines' processors of one name apart."""
+    return f"{machine['cpu']} ({machine['model']})" if machine.get("model") else machine["cpu"]
+
+
+def _processor_model() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
+    except OSError:
+        return None
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    found = [f"{name.split()[-1]} {fields[name]}" for name in ("cpu family", "model") if fields.get(name)]
+    return ", ".join(found) or None
 
 
 def _cores() -> int:

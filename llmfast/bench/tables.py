@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmfast.bench import scale
+from llmfast.bench.rows import processor
 
 __all__ = [
     "COLUMNS",
@@ -174,7 +175,7 @@ def problems(rows: Sequence[dict]) -> list[str]:
 def headline(row: dict) -> str:
     """The machine, the software and the measured limits of a run, in one line."""
     machine, versions = row["machine"], row["versions"]
-    text = f"{machine['cpu']}, {row['threads']} threads, {row['isa']}; torch {versions['torch']}"
+    text = f"{processor(machine)}, {row['threads']} threads, {row['isa']}; torch {versions['torch']}"
     if versions.get("transformers"):
         text += f", transformers {versions['transformers']}"
     limits = row["limits"]
