@@ -76,6 +76,7 @@ SUFFIX_TARGETS = {
     "_vec": ["ref", "avx2", "avx512"],  # written against simd/vec.h only
     "_mm": ["ref", "avx2", "avx512", "avx512bf16", "amx"],  # also uses the GEMM core, which has kernels for bf16
     "_bf16": ["avx512bf16", "amx"],  # multiplies blocks of bf16
+    "_amx": ["amx"],  # needs products of bf16 as fast as AMX's
 }
 
 # Of `_cuda` alone; all other .cpp files belong to `_cpu`, and both have core/check.cpp and *_checks.cpp.

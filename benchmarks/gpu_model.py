@@ -128,8 +128,7 @@ def training(B: int, options) -> dict:
 
 
 def decoding(B: int, options) -> dict:
-    generator = torch.Generator("cuda").manual_seed(4)
-    prompt = torch.randint(peers.VOCABULARY, (B, peers.PROMPT), device="cuda", generator=generator)
+    prompt = peers.prompts(B)
     peer = peers.gpt2().cuda().bfloat16().eval()
     ours = llmfast_model(peer).bfloat16()
 
@@ -142,7 +141,7 @@ def decoding(B: int, options) -> dict:
         "llmfast without graph": lambda: plain,
         "transformers": lambda: peers.decoder(peer, prompt),
     }
-    if options.static:
+    if options.static and B == 1:  # compiled for one size alone
         makers["transformers, static cache, torch.compile"] = lambda: peers.decoder(peer, prompt, static=True)
     found, calls = {}, {}
     for name, make in makers.items():
@@ -165,7 +164,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", default="benchmarks/results")
     parser.add_argument("--no-compile", action="store_true", help="the peer's training step as it is")
-    parser.add_argument("--static", action="store_true", help="transformers' static cache too (compiles for a minute)")
+    parser.add_argument(
+        "--static", action="store_true", help="compiled decoding of transformers too, for B=1"
+    )
     options = parser.parse_args()
     progress, report, wrong = Progress(), Report(options.folder, "benchmarks/gpu"), 0
     parts = [

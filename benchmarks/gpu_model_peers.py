@@ -1,9 +1,10 @@
 """transformers' GPT-2, as `gpu_model.py` measures it. Knows nothing of llmfast, so that torch.compile's cache can be
-filled while llmfast is built: ``python benchmarks/gpu_model_peers.py`` does."""
+filled while llmfast is built: ``python benchmarks/gpu_model_peers.py [--static]`` does."""
 
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable
 
@@ -72,6 +73,11 @@ def decoder(model: GPT2LMHeadModel, prompt: torch.Tensor, static: bool = False) 
     return decode
 
 
+def prompts(B: int) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(4)
+    return torch.randint(VOCABULARY, (B, PROMPT), device="cuda", generator=generator)
+
+
 def main() -> None:
     begun = time.perf_counter()
     model = gpt2().cuda()
@@ -79,6 +85,11 @@ def main() -> None:
     for _ in range(2):
         step().item()
     print(f"training step: {time.perf_counter() - begun:.0f} s", flush=True)
+    if "--static" in sys.argv[1:]:
+        decode = decoder(gpt2().cuda().bfloat16().eval(), prompts(1), static=True)
+        for _ in range(2):
+            decode()
+        print(f"decoding, static cache: {time.perf_counter() - begun:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

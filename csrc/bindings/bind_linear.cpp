@@ -53,6 +53,8 @@ py::object linear_gradient(py::handle grad, py::handle x, py::handle weight, con
 void bind_linear(py::module_& m) {
   m.def("linear", &linear_eager);
   m.def("linear_gradient", &linear_gradient);
+  m.def("set_float32_products_split", &set_float32_products_split);
+  m.def("float32_products_split", &float32_products_split);
   m.def(
       "linear_forward",
       [](const TensorView& out, const TensorView& x, const TensorView& weight, const TensorView& bias) {

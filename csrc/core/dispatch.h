@@ -1,5 +1,5 @@
 // Dispatch tables: for each op one row per target, best first. The first row whose ISA is active, whose dtype is listed
-// and whose supports() holds, runs. `ref` supports everything, so a table always has an answer.
+// and whose supports() holds, runs. `ref` supports everything, so a table with a row for it always has an answer.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -10,7 +10,7 @@
 #include "core/types.h"
 
 // Declares a function in every namespace it is compiled for: VEC in those of `_vec.cpp` files, BF16 in those of `_bf16.cpp`
-// files, MM in both, as `_mm.cpp` files need it.
+// files, AMX in that of `_amx.cpp` files, MM in VEC's and BF16's, as `_mm.cpp` files need it.
 #ifdef LLMFAST_X86
 #define LLMFAST_DECLARE_VEC(declaration)      \
   namespace llmfast::ref { declaration; }     \
@@ -19,6 +19,10 @@
 #define LLMFAST_DECLARE_BF16(declaration)         \
   namespace llmfast::avx512bf16 { declaration; } \
   namespace llmfast::amx { declaration; }
+#define LLMFAST_DECLARE_AMX(declaration) \
+  namespace llmfast::amx { declaration; }
+// A row for a function of an `_amx.cpp` file.
+#define LLMFAST_AMX_ROW(function, supports, dtypes) {Isa::amx, dtypes, supports, amx::function}
 // Rows for a function that exists in every vector target.
 #define LLMFAST_VEC_ROWS(function, dtypes) \
   {Isa::avx512, dtypes, nullptr, avx512::function}, {Isa::avx2, dtypes, nullptr, avx2::function}, \
@@ -31,6 +35,8 @@
 #define LLMFAST_DECLARE_VEC(declaration) \
   namespace llmfast::ref { declaration; }
 #define LLMFAST_DECLARE_BF16(declaration)
+#define LLMFAST_DECLARE_AMX(declaration)
+#define LLMFAST_AMX_ROW(function, supports, dtypes)
 #define LLMFAST_VEC_ROWS(function, dtypes) {Isa::ref, dtypes, nullptr, ref::function}
 #define LLMFAST_BF16_AND_VEC_ROWS_OF(function, supports, dtypes) LLMFAST_VEC_ROWS(function, dtypes)
 #endif
@@ -76,16 +82,17 @@ class DispatchTable {
     op_registry().push_back(info);
   }
 
-  // `dtype` is the element type that decides the kernel (that of the matrix operands).
-  void operator()(DType dtype, const Params& params) const {
+  // `dtype` is the element type that decides the kernel (that of the matrix operands). False: no row would have it.
+  bool operator()(DType dtype, const Params& params) const {
     const Isa active = active_isa();
     for (size_t i = 0; i < rows_.size(); ++i) {
       const Row<Params>& row = rows_[i];
       if (row.isa > active || !(row.dtypes & set_of(dtype)) || (row.supports && !row.supports(params))) continue;
       calls_[i].fetch_add(1, std::memory_order_relaxed);
       row.run(params);
-      return;
+      return true;
     }
+    return false;
   }
 
  private:
