@@ -164,9 +164,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", default="benchmarks/results")
     parser.add_argument("--no-compile", action="store_true", help="the peer's training step as it is")
-    parser.add_argument(
-        "--static", action="store_true", help="compiled decoding of transformers too, for B=1"
-    )
+    parser.add_argument("--static", action="store_true", help="compiled decoding of transformers too, for B=1")
     options = parser.parse_args()
     progress, report, wrong = Progress(), Report(options.folder, "benchmarks/gpu"), 0
     parts = [
