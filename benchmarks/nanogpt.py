@@ -1,11 +1,14 @@
 """nanoGPT's character-level run for a laptop's processor, by llmfast and by plain PyTorch: wall time and final loss.
 
-    python benchmarks/nanogpt.py input.txt [--steps 2000] [--json result.jsonl]    (not a file for benchmarks/report.py)
+    python benchmarks/nanogpt.py input.txt [--steps 2000] [--dtype bfloat16] [--json result.jsonl]
+
+The result is not one for benchmarks/report.py.
 
 Each side is a process of its own, timed from its start to its end, with data preparation, validation and, for llmfast,
 checkpoints. The peer follows nanoGPT's `train.py` with the settings that its README gives for a CPU (4 layers, 4 heads,
 width 128, 64 characters of context, 12 sequences a step, no dropout, no compilation, torch.optim.AdamW); its network is
-the demo's plain PyTorch model with the exact GELU, which is nanoGPT's. llmfast runs configs/shakespeare_char.toml.
+the demo's plain PyTorch model with the exact GELU, which is nanoGPT's. llmfast runs configs/shakespeare_char.toml, in
+float32 or, with bfloat16 weights and float32 masters, in bfloat16; the peer runs in float32, as nanoGPT does on a CPU.
 """
 
 from __future__ import annotations
@@ -81,16 +84,17 @@ def timed(command: list[str]) -> tuple[float, str]:
     return time.perf_counter() - start, result.stdout
 
 
-def compare(text: Path, steps: int) -> dict:
+def compare(text: Path, steps: int, dtype: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         ours = [sys.executable, "-P", "-m", "llmfast", "pretrain", "--config", str(CONFIG), "--data", str(text)]
-        seconds, _ = timed([*ours, "--steps", str(steps), "--out", str(run)])
+        seconds, _ = timed([*ours, "--steps", str(steps), "--dtype", dtype, "--out", str(run)])
         metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         loss = [row["loss"] for row in metrics if row["kind"] == "val"][-1]
     peer_seconds, answer = timed([sys.executable, __file__, str(text), "--steps", str(steps), "--peer"])
     return {
         "steps": steps,
+        "dtype": dtype,
         "characters": text.stat().st_size,
         "providers": [
             {"name": "llmfast", "seconds": seconds, "validation_loss": loss},
@@ -104,20 +108,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("text", type=Path)
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="llmfast's")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peer:
         print(peer(arguments.text, arguments.steps))
         return
-    result = compare(arguments.text, arguments.steps)
+    result = compare(arguments.text, arguments.steps, arguments.dtype)
     for provider in result["providers"]:
         print("{name:14} {seconds:7.1f} s   validation loss {validation_loss:.3f}".format(**provider))
     print(f"ratio {result['ratio']:.2f}")
     if arguments.json:
         from llmfast.bench import rows
 
-        command = f"python benchmarks/nanogpt.py {arguments.text.name} --steps {arguments.steps}"
+        command = (
+            f"python benchmarks/nanogpt.py {arguments.text.name} --steps {arguments.steps} --dtype {arguments.dtype}"
+        )
         rows.append(arguments.json, {**rows.context(command, None, torch.get_num_threads()), **result})
 
 
