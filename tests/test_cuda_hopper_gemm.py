@@ -21,8 +21,9 @@ pytest_plugins = "cuda_emulated"
 BF16, F16 = torch.bfloat16, torch.float16
 
 
-# (M, N, K): a few rows; ragged in M, N and K; more tiles than the emulation has multiprocessors
-SHAPES = [(3, 16, 8), (65, 72, 136), (300, 528, 72)]
+# (M, N, K): a few rows, with narrow tiles once around their ring, and with more of them than the emulation has
+# multiprocessors; ragged in M, N and K; more large tiles than multiprocessors
+SHAPES = [(3, 16, 8), (64, 104, 1160), (33, 536, 72), (65, 72, 136), (300, 528, 72)]
 
 
 def calls(op: str, isa: str = "sm90a") -> int:

@@ -9,12 +9,14 @@
 // starts under the end of the first, in an order of their own; the number of parts depends on the shape alone
 // (decode_parts.h). Deterministic.
 //
-// A short kernel's time is its start and its end. So copies are issued before anything waits, in one place for the
-// whole loop; what most calls do not need (masks, rows that cp.async cannot copy) is compiled apart; and indices are 32
-// bits. Instructions (sm_90, kD 64, 128): LATER.
+// A short kernel's time is its start and its end, and instructions that come from memory for the first time are much of
+// both. So copies are issued before anything waits, in one place for the whole loop; what most calls do not need (mask,
+// softcap, keys that only some queries see, rows that cp.async cannot copy) is compiled apart; and indices have 32 bits.
+// Instructions of the plain kernel (nvcc 13.0.88, sm_90), of those in the loop: kD 64: 952, 257; 128: 1144, 476; when
+// all were one kernel 4464, 1873, and 5848, 2936.
 //
 // Memory: Q and the rings. kD 64: 8 warps x 3 stages, 98 KB; 128: 4 x 2, 68 KB; 256: 2 x 2, 72 KB.
-// Registers: LATER
+// Registers (nvcc 13.0.88, sm_90, -Xptxas -v), plain and other: kD 64: 112, 128; 128: 155, 168; 256: 213, 254. No spill.
 #include "attention/attention_cuda.h"
 #include "attention/cuda/decode_parts.h"
 #include "attention/cuda/products.h"
@@ -31,6 +33,7 @@ template <int kD_>
 struct DecodeTile {
   static constexpr int kD = kD_, kRows = 16, kKeys = 16;
   static constexpr int kWarps = kD == 64 ? 8 : kD == 128 ? 4 : 2, kStages = kD == 64 ? 3 : 2;
+  static constexpr int kBlocks = kD == 64 ? 2 : 3;  // a multiprocessor of 228 KB
   static constexpr bool kHoldsQueries = kD <= 128;  // in registers
   static constexpr int kThreads = kWarps * kWarpSize, kStep = kWarps * kKeys;
   static constexpr int kQueryBytes = kRows * kD * 2, kTileBytes = kKeys * kD * 2, kRingBytes = kStages * 2 * kTileBytes;
@@ -73,6 +76,51 @@ struct PartResults {
   __device__ float2* state(unsigned item, unsigned row) const { return states + (int64_t{item} * rows + row) * parts; }
 };
 
+// What makes the products of a lane's two rows scores, and which keys these see, of those before `end`.
+template <bool kPlain>
+struct RowsOfLane {
+  ScoreScale scale;
+  Span by_all, visible[2];
+  MaskRows mask;
+  bool masked;
+
+  __device__ RowsOfLane(const AttentionParams& p, const DecodeShape& shape, unsigned sequence, unsigned kv_head,
+                        int end)
+      : scale(p), mask{}, masked(p.mask.data) {
+    const Band band{static_cast<int>(p.Tq), static_cast<int>(p.Tk), p.left, p.right};
+    by_all = band.seen_by_all(0, static_cast<int>(p.Tq));
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const unsigned row = lane() / 4 + 8 * half;
+      const RowOfGroup at = row_of_group(kv_head, shape.group, row < shape.rows ? row : 0);
+      const Span seen = band.keys_of(at.query);
+      visible[half] = row < shape.rows ? Span{seen.begin, min(seen.end, end)} : Span{0, 0};
+      if (masked) mask.row[half] = mask_element(p, sequence, at.head, at.query, 0);
+    }
+    mask.column_stride = p.mask.key_stride * size_of(p.mask.dtype);
+    mask.dtype = p.mask.dtype;
+    mask.columns = static_cast<int>(p.Tk);
+  }
+  // Whether one of the keys is hidden from one of the queries.
+  __device__ bool hides(Span keys) const { return masked || !by_all.contains(keys); }
+  __device__ float factor() const { return scale.factor(); }
+  __device__ void finish(float (&scores)[2][4], int first_key) const {
+    if (scale.finished) scale_scores(scores, scale);
+    if (masked) add_mask(scores, mask, first_key);
+  }
+};
+template <>
+struct RowsOfLane<true> {
+  float factor_;
+  Span visible[2];
+
+  __device__ RowsOfLane(const AttentionParams& p, const DecodeShape&, unsigned, unsigned, int end)
+      : factor_(p.scale * kLog2E), visible{{0, end}, {0, end}} {}
+  __device__ static bool hides(Span) { return false; }
+  __device__ float factor() const { return factor_; }
+  __device__ static void finish(float (&)[2][4], int) {}
+};
+
 // scores[16][16] = queries keys^T, in two chains for each eight keys: a single one of kD / 16 products is waited for.
 template <class T, int kD, class Fragment>
 __device__ __forceinline__ void dot_queries(float (&scores)[2][4], const Fragment& queries, SharedTile<kD> keys) {
@@ -111,9 +159,42 @@ __device__ __forceinline__ void load_queries(SharedTile<Tile::kD> to, const Atte
   }
 }
 
-// kPlain: no mask tensor, and rows of Q, K and V that are made of aligned chunks.
+// A lane's share of the copies of a warp's 16 rows of K or V, step by step: addresses that change by additions alone.
+template <class T, class Tile>
+class RowCopies {
+ public:
+  // From row `token` on. Rows are made of whole chunks.
+  __device__ RowCopies(const HeadTensor& t, unsigned sequence, unsigned head, int token, int D)
+      : source_(row_of<const T>(t, sequence, head, token + first_row()) + own_chunk() * kChunk),
+        apart_(t.token_stride * kRowsAtOnce),
+        a_step_(t.token_stride * Tile::kStep),
+        exists_(own_chunk() * kChunk < D) {}
+
+  // The next step's, of which `rows` exist. The tile starts at a multiple of 128 bytes, so that the swizzle of the rows
+  // further on is an exclusive or.
+  __device__ __forceinline__ void copy(SharedTile<Tile::kD> tile, int rows) {
+    const uint32_t to = tile.chunk(first_row(), own_chunk());
+    const int left = exists_ ? rows - first_row() : 0;
+    const T* from = source_;
+#pragma unroll
+    for (int row = 0; row < Tile::kKeys; row += kRowsAtOnce, from += apart_)
+      copy_async_16((to ^ (row & 7) << 4) + row * Tile::kD * 2, from, row < left ? 16 : 0);
+    source_ += a_step_;
+  }
+
+ private:
+  static constexpr int kRowChunks = Tile::kD / kChunk, kRowsAtOnce = kWarpSize / kRowChunks;
+  __device__ static int first_row() { return lane() / kRowChunks; }
+  __device__ static int own_chunk() { return lane() % kRowChunks; }
+
+  const T* source_;
+  int64_t apart_, a_step_;  // elements
+  bool exists_;
+};
+
+// kPlain: all queries see all of the keys, no softcap, no mask tensor, and rows of whole aligned chunks.
 template <class T, class Tile, bool kPlain>
-__global__ void __launch_bounds__(Tile::kThreads)
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     attention_decode_kernel(const AttentionParams p, const DecodeShape shape) {
   constexpr int kD = Tile::kD, kKeys = Tile::kKeys;
   let_next_kernel_start();
@@ -127,41 +208,31 @@ __global__ void __launch_bounds__(Tile::kThreads)
   char* const shared = dynamic_shared<char>();
   const uint32_t base = shared_address(shared), ring = base + Tile::kQueryBytes + warp() * Tile::kRingBytes;
   const SharedTile<kD> queries{base};
-  const T* const key_rows = row_of<const T>(p.k, sequence, kv_head, 0);
-  const T* const value_rows = row_of<const T>(p.v, sequence, kv_head, 0);
   const auto tile_of_step = [&](int step, int which) {
     return SharedTile<kD>{ring + (step % Tile::kStages * 2 + which) * Tile::kTileBytes};
   };
   const auto key_of_step = [&](int step) { return first_key + step * Tile::kStep + warp() * kKeys; };
+  const int own_first = key_of_step(0);
+  RowCopies<T, Tile> keys_of_lane(p.k, sequence, kv_head, own_first, D);
+  RowCopies<T, Tile> values_of_lane(p.v, sequence, kv_head, own_first, Dv);
   const auto load_step = [&](int step) {
     const int key = key_of_step(step), tokens = end_key - key;
-    const int64_t token = tokens > 0 ? key : 0;
-    load_rows<T, kKeys, kD, kWarpSize>(tile_of_step(step, 0).address, key_rows + token * p.k.token_stride,
-                                       p.k.token_stride, tokens, D, kPlain || shape.aligned_k);
-    load_rows<T, kKeys, kD, kWarpSize>(tile_of_step(step, 1).address, value_rows + token * p.v.token_stride,
-                                       p.v.token_stride, tokens, Dv, kPlain || shape.aligned_v);
+    if constexpr (kPlain) {
+      keys_of_lane.copy(tile_of_step(step, 0), tokens);
+      values_of_lane.copy(tile_of_step(step, 1), tokens);
+    } else {
+      const int64_t token = tokens > 0 ? key : 0;
+      load_rows<T, kKeys, kD, kWarpSize>(tile_of_step(step, 0).address,
+                                         row_of<const T>(p.k, sequence, kv_head, token), p.k.token_stride, tokens, D,
+                                         shape.aligned_k);
+      load_rows<T, kKeys, kD, kWarpSize>(tile_of_step(step, 1).address,
+                                         row_of<const T>(p.v, sequence, kv_head, token), p.v.token_stride, tokens, Dv,
+                                         shape.aligned_v);
+    }
   };
 
   // ---- which keys this thread's rows see
-  const Band band{static_cast<int>(p.Tq), static_cast<int>(p.Tk), p.left, p.right};
-  const Span by_all = band.seen_by_all(0, static_cast<int>(p.Tq));
-  const ScoreScale scale(p);
-  Span visible[2];
-  MaskRows mask{};
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const unsigned row = lane() / 4 + 8 * half;
-    const RowOfGroup at = row_of_group(kv_head, shape.group, row < shape.rows ? row : 0);
-    const Span seen = band.keys_of(at.query);
-    visible[half] = row < shape.rows ? Span{seen.begin, min(seen.end, end_key)} : Span{0, 0};
-    if constexpr (!kPlain)
-      if (p.mask.data) mask.row[half] = mask_element(p, sequence, at.head, at.query, 0);
-  }
-  if constexpr (!kPlain) {
-    mask.column_stride = p.mask.key_stride * size_of(p.mask.dtype);
-    mask.dtype = p.mask.dtype;
-    mask.columns = static_cast<int>(p.Tk);
-  }
+  const RowsOfLane<kPlain> mine(p, shape, sequence, kv_head, end_key);
 
   // ---- over the keys: all stages are under way when a step is waited for
   load_queries<T, Tile>(queries, p, shape, sequence, kv_head, kPlain || shape.aligned_q);
@@ -193,19 +264,20 @@ __global__ void __launch_bounds__(Tile::kThreads)
     if (key >= end) continue;
     float scores[kKeys / 8][4], keep[2];
     dot_queries<T, kD>(scores, fragment, tile_of_step(step, 0));
-    const bool masked = !kPlain && p.mask.data, hides = masked || !by_all.contains({key, end});
-    if (scale.finished) scale_scores(scores, scale);
-    if (masked) add_mask(scores, mask, key);
-    if (hides || end < key + kKeys) hide_outside(scores, visible, key);
-    softmax.update(scores, scale.factor(), keep);
+    const bool hides = mine.hides({key, end});
+    mine.finish(scores, key);
+    if (hides || end < key + kKeys) hide_outside(scores, mine.visible, key);
+    softmax.update(scores, mine.factor(), keep);
 #pragma unroll
     for (int j = 0; j < kD / 8; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e) out[j][e] *= keep[e / 2];
     const SharedTile<kD> values = tile_of_step(step, 1);
-    int* const flags = reinterpret_cast<int*>(shared + Tile::kFlagsAt) + warp() * kKeys;
-    if (hides && __any_sync(kAllLanes, finds_bad_number<T, kKeys, kD, kWarpSize>(values)))
-      add_bad_rows<T, kKeys, kD, kWarpSize>(values, flags, scores, out);
+    if constexpr (!kPlain) {
+      int* const flags = reinterpret_cast<int*>(shared + Tile::kFlagsAt) + warp() * kKeys;
+      if (hides && __any_sync(kAllLanes, finds_bad_number<T, kKeys, kD, kWarpSize>(values)))
+        add_bad_rows<T, kKeys, kD, kWarpSize>(values, flags, scores, out);
+    }
     add_weighted_rows<T, kKeys>(out, scores, values);
     __syncwarp();  // all lanes have read what the next copies replace
   }
@@ -277,8 +349,10 @@ __global__ void __launch_bounds__(kMergeThreads) merge_parts_kernel(const Attent
   // ---- every warp: the maximum and the sum of all parts
   const float2* const states = results.state(item, row);
   float top = kLowest, sum = 0.0f;
+#pragma unroll 1
   for (int i = lane(); i < parts; i += kWarpSize) top = fmaxf(top, load<float2>(states + i).x);
   top = warp_max(top);
+#pragma unroll 1
   for (int i = lane(); i < parts; i += kWarpSize) {
     const float2 state = load<float2>(states + i);
     const float weight = exp2_approx(state.x - top);
@@ -318,16 +392,20 @@ __global__ void __launch_bounds__(kMergeThreads) merge_parts_kernel(const Attent
 template <class T, int kD>
 void launch_decode(const AttentionParams& p, const Stream& stream) {
   using Tile = DecodeTile<kD>;
-  const Band band{static_cast<int>(p.Tq), static_cast<int>(p.Tk), p.left, p.right};
+  const int Tq = static_cast<int>(p.Tq);
+  const Band band{Tq, static_cast<int>(p.Tk), p.left, p.right};
   const int64_t items = p.B * p.Hkv, group = p.Hq / p.Hkv;
-  const DecodeShape shape{key_parts(items, band.seen_by_any(0, static_cast<int>(p.Tq)), kD),
+  const Span seen = band.seen_by_any(0, Tq);
+  const DecodeShape shape{key_parts(items, seen, kD),
                           static_cast<unsigned>(p.Hkv),
                           static_cast<unsigned>(group),
                           static_cast<unsigned>(p.Tq * group),
                           rows_aligned(p.q, p.B, p.Hq),
                           rows_aligned(p.k, p.B, p.Hkv),
                           rows_aligned(p.v, p.B, p.Hkv)};
-  const bool plain = !p.mask.data && shape.aligned_q && shape.aligned_k && shape.aligned_v;
+  const bool aligned = shape.aligned_q && shape.aligned_k && shape.aligned_v && p.D % kChunk == 0 && p.Dv % kChunk == 0;
+  const bool plain = aligned && !p.mask.data && p.softcap == 0.0f && p.scale > 0.0f &&
+                     band.seen_by_all(0, Tq).contains(seen);
   const auto parts = static_cast<unsigned>(shape.parts.count);
   launch(stream, {static_cast<unsigned>(items), parts}, Tile::kThreads, size_t{Tile::kBytes},
          plain ? attention_decode_kernel<T, Tile, true> : attention_decode_kernel<T, Tile, false>, p, shape);
