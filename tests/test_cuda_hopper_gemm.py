@@ -57,6 +57,20 @@ def test_depth_in_parts(hopper, thread_order):
         assert all(torch.equal(a, b) for a, b in zip(first, check_linear(inputs, grad)))
 
 
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_few_rows_need_no_second_kernel(hopper, bias):
+    x, weight, offset = (torch.randn(*s).to(BF16).to(hopper) for s in ((17, 2048), (520, 2048), (520,)))
+    offset = offset if bias else None
+    if hopper == "cpu":
+        backend.native_cuda().reset_counters()
+    with on_sm90a("linear"):
+        out = llmfast.linear(x, weight, offset)
+    if hopper == "cpu":
+        assert backend.native_cuda().counters()["launches"] == 1
+    exact = F.linear(x.double(), weight.double(), offset.double() if bias else None)
+    assert_as_accurate(out, F.linear(x, weight, offset), exact)
+
+
 def test_wide_tiles(hopper):
     """Enough of them for a whole device, in one step of depth."""
     x, weight = torch.randn(1537, 16).to(BF16).to(hopper), torch.randn(2824, 16).to(BF16).to(hopper)

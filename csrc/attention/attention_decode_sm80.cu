@@ -11,186 +11,21 @@
 //
 // A short kernel's time is its start and its end, and instructions that come from memory for the first time are much of
 // both. So copies are issued before anything waits, in one place for the whole loop; what most calls do not need (mask,
-// softcap, keys that only some queries see, rows that cp.async cannot copy) is compiled apart; and indices have 32 bits.
-// Instructions of the plain kernel (nvcc 13.0.88, sm_90), of those in the loop: kD 64: 952, 257; 128: 1144, 476; when
-// all were one kernel 4464, 1873, and 5848, 2936.
+// softcap, keys that only some queries see, rows that cp.async cannot copy) is compiled apart; and indices have 32
+// bits. Instructions of the plain kernel (nvcc 13.0.88, sm_90), and of those in the loop: kD 64: 944 and 328; 128: 1144
+// and 557; when all were one kernel 4464 and 1873, 5848 and 2936.
 //
 // Memory: Q and the rings. kD 64: 8 warps x 3 stages, 98 KB; 128: 4 x 2, 68 KB; 256: 2 x 2, 72 KB.
-// Registers (nvcc 13.0.88, sm_90, -Xptxas -v), plain and other: kD 64: 112, 128; 128: 155, 168; 256: 213, 254. No spill.
+// Registers (nvcc 13.0.88, sm_90, -Xptxas -v), plain and other: kD 64: 114, 127; 128: 158, 168; 256: 208, 254. No spill
+// but 12 bytes in the other one of kD 128.
 #include "attention/attention_cuda.h"
-#include "attention/cuda/decode_parts.h"
-#include "attention/cuda/products.h"
-#include "attention/cuda/rows.h"
-#include "attention/cuda/scores.h"
+#include "attention/cuda/decode_rows.h"
 #include "core/cuda_launch.h"
 #include "ptx/grid.h"
 #include "ptx/warp.h"
 
 namespace llmfast::cuda {
 namespace {
-
-template <int kD_>
-struct DecodeTile {
-  static constexpr int kD = kD_, kRows = 16, kKeys = 16;
-  static constexpr int kWarps = kD == 64 ? 8 : kD == 128 ? 4 : 2, kStages = kD == 64 ? 3 : 2;
-  static constexpr int kBlocks = kD == 64 ? 2 : 3;  // a multiprocessor of 228 KB
-  static constexpr bool kHoldsQueries = kD <= 128;  // in registers
-  static constexpr int kThreads = kWarps * kWarpSize, kStep = kWarps * kKeys;
-  static constexpr int kQueryBytes = kRows * kD * 2, kTileBytes = kKeys * kD * 2, kRingBytes = kStages * 2 * kTileBytes;
-  static constexpr int kFlagsAt = kQueryBytes + kWarps * kRingBytes, kBytes = kFlagsAt + kWarps * kKeys * 4;
-  // A warp's results take the place of its ring: rows of outputs, eight floats further apart so that a store's rows
-  // fall into different banks, then maximum and sum of each row.
-  static constexpr int kOutputRow = kD + 8, kStatesAt = kRows * kOutputRow * 4;
-  static_assert(kRingBytes >= kStatesAt + kRows * 8 && kBytes <= 99 << 10);
-};
-
-struct DecodeShape {
-  KeyParts parts;
-  unsigned Hkv, group, rows;
-  bool aligned_q, aligned_k, aligned_v;
-};
-
-struct RowOfGroup {
-  int64_t head;
-  int query;
-};
-__device__ inline RowOfGroup row_of_group(unsigned kv_head, unsigned group, unsigned row) {
-  return {kv_head * group + row % group, static_cast<int>(row / group)};
-}
-
-// The workspace: outputs relative to the row's maximum, [item][part][row][Dv, to a multiple of 4]; then maximum and sum,
-// [item][row][part].
-struct PartResults {
-  float* outputs;
-  float2* states;
-  unsigned parts, rows, width;
-
-  __host__ __device__ PartResults(float* workspace, int64_t items, unsigned parts_, unsigned rows_, int64_t Dv)
-      : parts(parts_), rows(rows_), width(static_cast<unsigned>(Dv + 3) / 4 * 4) {
-    outputs = workspace;
-    states = reinterpret_cast<float2*>(workspace + items * parts * rows * width);
-  }
-  __device__ float* output(unsigned item, unsigned part, unsigned row) const {
-    return outputs + ((int64_t{item} * parts + part) * rows + row) * width;
-  }
-  __device__ float2* state(unsigned item, unsigned row) const { return states + (int64_t{item} * rows + row) * parts; }
-};
-
-// What makes the products of a lane's two rows scores, and which keys these see, of those before `end`.
-template <bool kPlain>
-struct RowsOfLane {
-  ScoreScale scale;
-  Span by_all, visible[2];
-  MaskRows mask;
-  bool masked;
-
-  __device__ RowsOfLane(const AttentionParams& p, const DecodeShape& shape, unsigned sequence, unsigned kv_head,
-                        int end)
-      : scale(p), mask{}, masked(p.mask.data) {
-    const Band band{static_cast<int>(p.Tq), static_cast<int>(p.Tk), p.left, p.right};
-    by_all = band.seen_by_all(0, static_cast<int>(p.Tq));
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const unsigned row = lane() / 4 + 8 * half;
-      const RowOfGroup at = row_of_group(kv_head, shape.group, row < shape.rows ? row : 0);
-      const Span seen = band.keys_of(at.query);
-      visible[half] = row < shape.rows ? Span{seen.begin, min(seen.end, end)} : Span{0, 0};
-      if (masked) mask.row[half] = mask_element(p, sequence, at.head, at.query, 0);
-    }
-    mask.column_stride = p.mask.key_stride * size_of(p.mask.dtype);
-    mask.dtype = p.mask.dtype;
-    mask.columns = static_cast<int>(p.Tk);
-  }
-  // Whether one of the keys is hidden from one of the queries.
-  __device__ bool hides(Span keys) const { return masked || !by_all.contains(keys); }
-  __device__ float factor() const { return scale.factor(); }
-  __device__ void finish(float (&scores)[2][4], int first_key) const {
-    if (scale.finished) scale_scores(scores, scale);
-    if (masked) add_mask(scores, mask, first_key);
-  }
-};
-template <>
-struct RowsOfLane<true> {
-  float factor_;
-  Span visible[2];
-
-  __device__ RowsOfLane(const AttentionParams& p, const DecodeShape&, unsigned, unsigned, int end)
-      : factor_(p.scale * kLog2E), visible{{0, end}, {0, end}} {}
-  __device__ static bool hides(Span) { return false; }
-  __device__ float factor() const { return factor_; }
-  __device__ static void finish(float (&)[2][4], int) {}
-};
-
-// scores[16][16] = queries keys^T, in two chains for each eight keys: a single one of kD / 16 products is waited for.
-template <class T, int kD, class Fragment>
-__device__ __forceinline__ void dot_queries(float (&scores)[2][4], const Fragment& queries, SharedTile<kD> keys) {
-  float odd[2][4];
-  clear(scores);
-  clear(odd);
-#pragma unroll
-  for (int d = 0; d < kD; d += 16) {
-    uint32_t a[4], b[4];
-    queries(a, d);
-    read_b<Major::k>(b, keys, 0, d, lane());
-    float(&sums)[2][4] = d % 32 == 0 ? scores : odd;
-    mma_m16n8k16<T>(sums[0], a, {b[0], b[1]});
-    mma_m16n8k16<T>(sums[1], a, {b[2], b[3]});
-  }
-#pragma unroll
-  for (int j = 0; j < 2; ++j)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) scores[j][e] += odd[j][e];
-}
-
-// All rows of the tile; those that do not exist are zero.
-template <class T, class Tile>
-__device__ __forceinline__ void load_queries(SharedTile<Tile::kD> to, const AttentionParams& p,
-                                             const DecodeShape& shape, unsigned sequence, unsigned kv_head,
-                                             bool aligned) {
-  constexpr int kRowChunks = Tile::kD / kChunk;
-#pragma unroll 1
-  for (int i = thread(); i < Tile::kRows * kRowChunks; i += Tile::kThreads) {
-    const unsigned row = i / kRowChunks;
-    const int chunk = i % kRowChunks;
-    const RowOfGroup at = row_of_group(kv_head, shape.group, row < shape.rows ? row : 0);
-    const T* const from = row_of<const T>(p.q, sequence, at.head, at.query);
-    load_chunk(to.chunk(row, chunk), from + chunk * kChunk, from,
-               row < shape.rows ? chunk_count(static_cast<int>(p.D), chunk) : 0, aligned);
-  }
-}
-
-// A lane's share of the copies of a warp's 16 rows of K or V, step by step: addresses that change by additions alone.
-template <class T, class Tile>
-class RowCopies {
- public:
-  // From row `token` on. Rows are made of whole chunks.
-  __device__ RowCopies(const HeadTensor& t, unsigned sequence, unsigned head, int token, int D)
-      : source_(row_of<const T>(t, sequence, head, token + first_row()) + own_chunk() * kChunk),
-        apart_(t.token_stride * kRowsAtOnce),
-        a_step_(t.token_stride * Tile::kStep),
-        exists_(own_chunk() * kChunk < D) {}
-
-  // The next step's, of which `rows` exist. The tile starts at a multiple of 128 bytes, so that the swizzle of the rows
-  // further on is an exclusive or.
-  __device__ __forceinline__ void copy(SharedTile<Tile::kD> tile, int rows) {
-    const uint32_t to = tile.chunk(first_row(), own_chunk());
-    const int left = exists_ ? rows - first_row() : 0;
-    const T* from = source_;
-#pragma unroll
-    for (int row = 0; row < Tile::kKeys; row += kRowsAtOnce, from += apart_)
-      copy_async_16((to ^ (row & 7) << 4) + row * Tile::kD * 2, from, row < left ? 16 : 0);
-    source_ += a_step_;
-  }
-
- private:
-  static constexpr int kRowChunks = Tile::kD / kChunk, kRowsAtOnce = kWarpSize / kRowChunks;
-  __device__ static int first_row() { return lane() / kRowChunks; }
-  __device__ static int own_chunk() { return lane() % kRowChunks; }
-
-  const T* source_;
-  int64_t apart_, a_step_;  // elements
-  bool exists_;
-};
 
 // kPlain: all queries see all of the keys, no softcap, no mask tensor, and rows of whole aligned chunks.
 template <class T, class Tile, bool kPlain>
@@ -231,11 +66,10 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     }
   };
 
-  // ---- which keys this thread's rows see
+  // ---- which keys this lane's rows see
   const RowsOfLane<kPlain> mine(p, shape, sequence, kv_head, end_key);
 
   // ---- over the keys: all stages are under way when a step is waited for
-  load_queries<T, Tile>(queries, p, shape, sequence, kv_head, kPlain || shape.aligned_q);
   float out[kD / 8][4];
   uint32_t held[Tile::kHoldsQueries ? kD / 16 : 1][4];
   const auto fragment = [&](uint32_t(&a)[4], int d) {
@@ -248,6 +82,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   OnlineSoftmax softmax;
   for (int ahead = 0; ahead < steps + Tile::kStages - 1; ++ahead) {
     if (ahead < steps) load_step(ahead);
+    if (ahead == 0) load_queries<T, Tile>(queries, p, shape, sequence, kv_head, kPlain || shape.aligned_q);
     copy_async_commit();
     const int step = ahead - (Tile::kStages - 1);
     if (step < 0) continue;
@@ -333,8 +168,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   }
 }
 
-// A block merges the parts of one row. Its warps share the parts, each summing every kMergeWarps-th in order; then their
-// sums are added in order.
+// A block merges the parts of one row. Its warps share the parts, each summing every kMergeWarps-th in order; then
+// their sums are added in order.
 constexpr int kMergeWarps = 8, kMergeThreads = kMergeWarps * kWarpSize, kMergeColumns = 4 * kWarpSize;
 template <class T>
 __global__ void __launch_bounds__(kMergeThreads) merge_parts_kernel(const AttentionParams p, const DecodeShape shape) {
@@ -403,8 +238,8 @@ void launch_decode(const AttentionParams& p, const Stream& stream) {
                           rows_aligned(p.q, p.B, p.Hq),
                           rows_aligned(p.k, p.B, p.Hkv),
                           rows_aligned(p.v, p.B, p.Hkv)};
-  const bool aligned = shape.aligned_q && shape.aligned_k && shape.aligned_v && p.D % kChunk == 0 && p.Dv % kChunk == 0;
-  const bool plain = aligned && !p.mask.data && p.softcap == 0.0f && p.scale > 0.0f &&
+  const bool whole = p.D % kChunk == 0 && p.Dv % kChunk == 0 && shape.aligned_q && shape.aligned_k && shape.aligned_v;
+  const bool plain = whole && !p.mask.data && p.softcap == 0.0f && p.scale > 0.0f &&
                      band.seen_by_all(0, Tq).contains(seen);
   const auto parts = static_cast<unsigned>(shape.parts.count);
   launch(stream, {static_cast<unsigned>(items), parts}, Tile::kThreads, size_t{Tile::kBytes},

@@ -5,7 +5,7 @@
 
 namespace llmfast::cuda {
 
-// Keys [begin, end) are seen by some query; part i is [begin + i * length, begin + (i + 1) * length), and none is empty.
+// Keys [begin, end) are seen by some query; part i is the `length` from begin + i * length on, and none is empty.
 struct KeyParts {
   int begin, end, length, count;
 };

@@ -49,9 +49,9 @@ struct HopperPlan {
 // measurement, in microseconds: 65536x3072x768 436 and 443, 4096x4096x4096 173 and 182; 3072x768x65536 in seven parts
 // of wide tiles 442 and 459.
 //
-// `may_be_narrow`: up to 64 rows are bound by the reading of B, and their blocks should be many, so that no second kernel
-// is needed. A step of a narrow tile is 12 KB, 300 clocks by 40 bytes a clock and multiprocessor, which is what tiles of
-// 128 x 256 get at full speed (48 KB in 1150 clocks); predicted, not measured.
+// `may_be_narrow`: up to 64 rows are bound by the reading of B, and their blocks should be many, so that no second
+// kernel is needed. A step of a narrow tile is 12 KB, 300 clocks by 40 bytes a clock and multiprocessor, which is what
+// tiles of 128 x 256 get at full speed (48 KB in 1150 clocks); predicted, not measured.
 constexpr HopperPlan hopper_plan(GemmShape s, bool may_cut, bool may_be_narrow = false) {
   constexpr int64_t kMultiprocessors = 132, kMostParts = 16, kAddClocks = 8000, kBytesAClock = 1600;
   struct Cost {
