@@ -127,7 +127,7 @@ def real_hopper(hopper):
     return hopper
 
 
-@pytest.mark.parametrize("shape", [(8200, 3072, 768), (8192, 768, 3000), (64, 4096, 4096)], ids=str)
+@pytest.mark.parametrize("shape", [(8200, 3072, 768), (8192, 768, 3000), (64, 4096, 4096), (8, 4096, 4096)], ids=str)
 def test_linear_of_a_model(real_hopper, shape):
     M, N, K = shape
     inputs = [torch.randn(*s).to(BF16).to(real_hopper) for s in ((M, K), (N, K), (N,))]
