@@ -35,6 +35,7 @@ CASES = {
     "decode, aligned": ((2, 8, 2, 1, 300, 64, 64), {"causal": True}),
     "decode, aligned, wide": ((1, 16, 1, 1, 70, 256, 200), {}),
     "decode, aligned, split": ((1, 8, 1, 1, 1500, 64, 48), {"causal": True}),
+    "decode, narrow values, split": ((1, 2, 1, 1, 1300, 104, 40), {}),
     "decode, all keys": ((2, 4, 2, 5, 700, 104, 128), {}),
     "decode, split": ((1, 4, 2, 3, 1100, 72, 72), {"causal": True}),
     "decode, window": ((1, 6, 2, 2, 700, 33, 33), {"window": 550}),

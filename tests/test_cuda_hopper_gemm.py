@@ -58,7 +58,7 @@ def test_depth_in_parts(hopper, thread_order):
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-def test_few_rows_need_no_second_kernel(hopper, bias):
+def test_few_rows_need_no_second_kernel(hopper, bias, thread_order):
     x, weight, offset = (torch.randn(*s).to(BF16).to(hopper) for s in ((17, 2048), (520, 2048), (520,)))
     offset = offset if bias else None
     if hopper == "cpu":

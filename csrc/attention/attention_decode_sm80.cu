@@ -231,7 +231,7 @@ void launch_decode(const AttentionParams& p, const Stream& stream) {
   const Band band{Tq, static_cast<int>(p.Tk), p.left, p.right};
   const int64_t items = p.B * p.Hkv, group = p.Hq / p.Hkv;
   const Span seen = band.seen_by_any(0, Tq);
-  const DecodeShape shape{key_parts(items, seen, kD),
+  const DecodeShape shape{key_parts(items, seen, decode_width(p.Dv)),
                           static_cast<unsigned>(p.Hkv),
                           static_cast<unsigned>(group),
                           static_cast<unsigned>(p.Tq * group),
@@ -251,22 +251,18 @@ void launch_decode(const AttentionParams& p, const Stream& stream) {
 
 template <class T>
 void decode(const AttentionParams& p, const Stream& stream) {
-  const int64_t D = p.D > p.Dv ? p.D : p.Dv;
-  if (D <= 64) launch_decode<T, 64>(p, stream);
-  else if (D <= 128) launch_decode<T, 128>(p, stream);
-  else launch_decode<T, 256>(p, stream);
+  switch (decode_width(p.D > p.Dv ? p.D : p.Dv)) {
+    case 64: return launch_decode<T, 64>(p, stream);
+    case 128: return launch_decode<T, 128>(p, stream);
+    default: return launch_decode<T, 256>(p, stream);
+  }
 }
 
 }  // namespace
 
-// Of any D: it is not among the arguments, and decides how wide tiles are.
 int64_t attention_workspace(int64_t B, int64_t Hq, int64_t Hkv, int64_t Tq, int64_t Tk, int64_t Dv) {
   if (Hkv == 0 || Tq * (Hq / Hkv) > kTileDecodeRows) return 0;
-  int64_t parts = 1;
-  for (const int width : {64, 128, 256}) {
-    const int64_t most = Dv <= width ? most_parts(B * Hkv, Tk, width) : 1;
-    parts = most > parts ? most : parts;
-  }
+  const int64_t parts = most_parts(B * Hkv, Tk, decode_width(Dv));
   return parts > 1 ? B * Hq * Tq * parts * (ceil_div(Dv, 4) * 4 + 2) : 0;
 }
 

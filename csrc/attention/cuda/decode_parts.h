@@ -12,10 +12,14 @@ struct KeyParts {
 
 constexpr int kMostKeyParts = 2 * kFullDevice;
 
+// Head dims that tiles have.
+constexpr int decode_width(int64_t D) { return D <= 64 ? 64 : D <= 128 ? 128 : 256; }
+
 // At most so many parts of `keys` keys of each of the `items` key/value heads of all sequences; more keys never make
-// fewer. `width`: the head dim that tiles have. A block has 96 KB under way (width 64) or 64 KB, and memory has 3 MB
-// (4.3 TB/s, 700 ns): one or two blocks a multiprocessor are enough, and where there are as many items nothing is cut.
-// Nor are keys and values that a block reads in less than twice the time of the kernel that merges.
+// fewer. `width` is that of Dv, so that D need not be known to size the workspace. A block has 96 KB under way (width
+// 64) or 64 KB, and memory has 3 MB (4.3 TB/s, 700 ns): one or two blocks a multiprocessor are enough, and where there
+// are as many items nothing is cut. Nor are keys and values that a block reads in less than twice the time that the
+// second kernel takes.
 constexpr int64_t most_parts(int64_t items, int64_t keys, int width) {
   constexpr int64_t kLeastCutBytes = 256 << 10, kLeastPartBytes = 64 << 10;
   const int64_t bytes = keys * width * 4, blocks = width <= 64 ? kFullDevice : 2 * kFullDevice;
