@@ -10,8 +10,8 @@
 // of it: a tile's bias under its products, boxes of other matrices by two more threads of the first warpgroup.
 //
 // Tiles are 128 x 256, their rows shared by both warpgroups, for plain epilogues; 128 x 128 in turns (ping-pong) for
-// those with much arithmetic, which then runs under the other warpgroup's products; 64 x 32 for up to 64 rows that are
-// only to be stored: the reading of B is all, and one warpgroup keeps up with it. Up to 232,448 bytes shared memory.
+// those with much arithmetic, which then runs under the other warpgroup's products; 64 x 32 for up to 64 rows of some
+// (MayBeNarrow): the reading of B is all, and one warpgroup keeps up with it. Up to 232,448 bytes shared memory.
 // Registers (nvcc 13.0.88, highest in the SASS of 232): store 185, hidden 219, slopes 229; no spills.
 //
 // Measured on an H100 80GB HBM3, 2026-11-26, benchmarks/native/hopper_gemm.cu, bf16, TFLOP/s (of cuBLAS's speed in the
@@ -303,7 +303,7 @@ struct HopperProduct {
   static void run(const Operand& a, const Operand& b, GemmShape shape, const Epilogue& epilogue, float* workspace,
                   const Stream& stream, const MoreOperands& more = {}) {
     if (shape.M == 0 || shape.N == 0) return;
-    constexpr bool kMayBeNarrow = kA == Major::k && kB == Major::k && std::is_same_v<Epilogue, StoreEpilogue<T>>;
+    constexpr bool kMayBeNarrow = kA == Major::k && kB == Major::k && MayBeNarrow<Epilogue>::kHolds;
     const int64_t K = more.depth(shape.K);
     const HopperPlan plan = hopper_plan({shape.M, shape.N, K}, workspace != nullptr, kMayBeNarrow);
     if constexpr (kMayBeNarrow)  // boxes are wider
