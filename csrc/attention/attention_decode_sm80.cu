@@ -12,11 +12,11 @@
 // A short kernel's time is its start and its end, and instructions that come from memory for the first time are much of
 // both. So copies are issued before anything waits, in one place for the whole loop; what most calls do not need (mask,
 // softcap, keys that only some queries see, rows that cp.async cannot copy) is compiled apart; and indices have 32
-// bits. Instructions of the plain kernel (nvcc 13.0.88, sm_90), and of those in the loop: kD 64: 944 and 328; 128: 1144
-// and 557; when all were one kernel 4464 and 1873, 5848 and 2936.
+// bits. Instructions of the plain kernel (nvcc 13.0.88, sm_90), and of those in the loop: kD 64: 936 and 315; 128: 1136
+// and 545; when all were one kernel 4464 and 1873, 5848 and 2936.
 //
 // Memory: Q and the rings. kD 64: 8 warps x 3 stages, 98 KB; 128: 4 x 2, 68 KB; 256: 2 x 2, 72 KB.
-// Registers (nvcc 13.0.88, sm_90, -Xptxas -v), plain and other: kD 64: 114, 127; 128: 158, 168; 256: 208, 254. No spill
+// Registers (nvcc 13.0.88, sm_90, -Xptxas -v), plain and other: kD 64: 120, 126; 128: 158, 168; 256: 212, 255. No spill
 // but 12 bytes in the other one of kD 128.
 #include "attention/attention_cuda.h"
 #include "attention/cuda/decode_rows.h"

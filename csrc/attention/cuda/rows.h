@@ -25,39 +25,31 @@ __device__ T* row_of(const HeadTensor& t, int64_t sequence, int64_t head, int64_
   return static_cast<T*>(t.data) + sequence * t.sequence_stride + head * t.head_stride + token * t.token_stride;
 }
 
-// Starts the copy of a chunk, of which the first `count` elements exist; `safe` is any valid address.
-template <class T>
-__device__ __forceinline__ void load_chunk(uint32_t to, const T* from, const T* safe, int count, bool aligned) {
-  if (aligned) {
-    copy_async_16(to, count > 0 ? from : safe, count * 2);
-  } else {
-    Bytes16 bytes;
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      const uint32_t low = 2 * w < count ? from[2 * w].bits : 0;
-      const uint32_t high = 2 * w + 1 < count ? from[2 * w + 1].bits : 0;
-      bytes.word[w] = low | high << 16;
-    }
-    store_shared(to, bytes);
-  }
-}
-// Of a row's D elements, how many are in chunk `chunk`.
-__device__ __forceinline__ int chunk_count(int D, int chunk) {
-  return D - chunk * kChunk < 0 ? 0 : D - chunk * kChunk < kChunk ? D - chunk * kChunk : kChunk;
-}
-
 // Starts the copy of rows from.. into the tile; `rows` of them exist, with D elements. kThreads work on it: the block,
 // or one warp.
 template <class T, int kRows, int kD, int kThreads>
 __device__ void load_rows(uint32_t tile, const T* from, int64_t stride, int rows, int D, bool aligned) {
   constexpr int kRowChunks = kD / kChunk, kRowsAStep = kThreads / kRowChunks, kSteps = kRows / kRowsAStep;
   static_assert(kThreads % kRowChunks == 0 && kRows % kRowsAStep == 0);
-  const int first = thread() % kThreads / kRowChunks, chunk = thread() % kRowChunks, cols = chunk_count(D, chunk);
+  const int first = thread() % kThreads / kRowChunks, chunk = thread() % kRowChunks;
+  const int cols = D - chunk * kChunk < 0 ? 0 : D - chunk * kChunk < kChunk ? D - chunk * kChunk : kChunk;
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) {
-    const int row = first + i * kRowsAStep;
-    load_chunk(tile + chunk_offset<kD>(row, chunk), from + row * stride + chunk * kChunk, from, row < rows ? cols : 0,
-               aligned);
+    const int row = first + i * kRowsAStep, count = row < rows ? cols : 0;
+    const T* source = from + row * stride + chunk * kChunk;
+    const uint32_t to = tile + chunk_offset<kD>(row, chunk);
+    if (aligned) {
+      copy_async_16(to, count > 0 ? source : from, count * 2);
+    } else {
+      Bytes16 bytes;
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        const uint32_t low = 2 * w < count ? source[2 * w].bits : 0;
+        const uint32_t high = 2 * w + 1 < count ? source[2 * w + 1].bits : 0;
+        bytes.word[w] = low | high << 16;
+      }
+      store_shared(to, bytes);
+    }
   }
 }
 
