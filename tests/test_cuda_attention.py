@@ -32,6 +32,11 @@ CASES = {
     "softcap": ((1, 2, 2, 40, 70, 16, 16), {"softcap": 2.0, "causal": True, "scale": 1.0}),
     "negative scale": ((1, 1, 1, 20, 30, 16, 16), {"scale": -0.5}),
     "decode": ((2, 8, 2, 1, 300, 40, 24), {"causal": True}),
+    "decode, aligned": ((2, 8, 2, 1, 300, 64, 64), {"causal": True}),
+    "decode, aligned, wide": ((1, 16, 1, 1, 70, 256, 200), {}),
+    "decode, aligned, split": ((1, 8, 1, 1, 1500, 64, 48), {"causal": True}),
+    "decode, narrow values, split": ((1, 2, 1, 1, 1300, 104, 40), {}),
+    "decode, all keys": ((2, 4, 2, 5, 700, 104, 128), {}),
     "decode, split": ((1, 4, 2, 3, 1100, 72, 72), {"causal": True}),
     "decode, window": ((1, 6, 2, 2, 700, 33, 33), {"window": 550}),
     "decode, wide, softcap": ((1, 2, 1, 3, 70, 256, 256), {"softcap": 3.0}),
@@ -221,12 +226,23 @@ def test_sdpa_twin(cuda):
 
 def test_order_of_threads_does_not_matter(cuda, thread_order):
     """And neither does the time: the same input gives the same bits."""
-    for shape in ((1, 2, 1, 140, 70, 64), (1, 4, 1, 2, 600, 32)):
+    for shape in ((1, 2, 1, 140, 70, 64), (1, 4, 1, 2, 600, 32), (1, 4, 1, 1, 1100, 64)):
         tensors = make(*shape, dtype=BF16)
         check(cuda, tensors, causal=True)
         grad = torch.randn(*tensors[0].shape).to(BF16).to(cuda)
         runs = [with_gradients(attention, [t.to(cuda) for t in tensors], grad, causal=True) for _ in range(2)]
         assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+def test_a_second_kernel_only_where_the_keys_of_few_heads_are_many(cuda):
+    if cuda != "cpu":
+        pytest.skip("the emulation counts launches")
+    module = backend.native_cuda()
+    for Hkv, Tk, launches in ((1, 1100, 2), (1, 1000, 1), (80, 1100, 1)):
+        q, k, v = (t.to(BF16) for t in (torch.randn(1, Hkv, T, 64) for T in (1, Tk, Tk)))
+        module.reset_counters()
+        attention(q, k, v)
+        assert module.counters()["launches"] == launches, (Hkv, Tk)
 
 
 def test_shared_memory_has_no_bank_conflicts_and_hidden_tiles_cost_nothing(cuda):

@@ -21,8 +21,9 @@ pytest_plugins = "cuda_emulated"
 BF16, F16 = torch.bfloat16, torch.float16
 
 
-# (M, N, K): a few rows; ragged in M, N and K; more tiles than the emulation has multiprocessors
-SHAPES = [(3, 16, 8), (65, 72, 136), (300, 528, 72)]
+# (M, N, K): a few rows, with narrow tiles once around their ring, and with more of them than the emulation has
+# multiprocessors; ragged in M, N and K; more large tiles than multiprocessors
+SHAPES = [(3, 16, 8), (64, 104, 1160), (33, 536, 72), (65, 72, 136), (300, 528, 72)]
 
 
 def calls(op: str, isa: str = "sm90a") -> int:
@@ -54,6 +55,20 @@ def test_depth_in_parts(hopper, thread_order):
     with on_sm90a("linear", "linear_backward"):
         first = check_linear(inputs, grad)
         assert all(torch.equal(a, b) for a, b in zip(first, check_linear(inputs, grad)))
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_few_rows_need_no_second_kernel(hopper, bias, thread_order):
+    x, weight, offset = (torch.randn(*s).to(BF16).to(hopper) for s in ((17, 2048), (520, 2048), (520,)))
+    offset = offset if bias else None
+    if hopper == "cpu":
+        backend.native_cuda().reset_counters()
+    with on_sm90a("linear"):
+        out = llmfast.linear(x, weight, offset)
+    if hopper == "cpu":
+        assert backend.native_cuda().counters()["launches"] == 1
+    exact = F.linear(x.double(), weight.double(), offset.double() if bias else None)
+    assert_as_accurate(out, F.linear(x, weight, offset), exact)
 
 
 def test_wide_tiles(hopper):
@@ -112,7 +127,7 @@ def real_hopper(hopper):
     return hopper
 
 
-@pytest.mark.parametrize("shape", [(8200, 3072, 768), (8192, 768, 3000), (64, 4096, 4096)], ids=str)
+@pytest.mark.parametrize("shape", [(8200, 3072, 768), (8192, 768, 3000), (64, 4096, 4096), (8, 4096, 4096)], ids=str)
 def test_linear_of_a_model(real_hopper, shape):
     M, N, K = shape
     inputs = [torch.randn(*s).to(BF16).to(real_hopper) for s in ((M, K), (N, K), (N,))]

@@ -160,10 +160,10 @@ Variant planned() {
                                           StoreEpilogue<T>{static_cast<T*>(p.c), p.ldc}, p.workspace, kStream);
           }};
 }
-template <class T, class Tile, Major kA, Major kB>
+template <class T, class Tile, Major kA, Major kB, int kParts = 2>
 Variant cut_variant(const char* name) {
   return {name, [](const Problem& p) {
-            const int64_t depth = part_depth(p.shape.K, 2), count = ceil_div(p.shape.K, depth);
+            const int64_t depth = part_depth(p.shape.K, kParts), count = ceil_div(p.shape.K, depth);
             launch_hopper_gemm<T, Tile, kA, kB>(p.operand_a(), p.operand_b(), p.shape, {count, depth},
                                                 PartEpilogue{p.workspace, p.shape.M, p.shape.N, 0}, kStream);
             add_parts<HopperProduct>(p.workspace, p.shape, count, StoreEpilogue<T>{static_cast<T*>(p.c), p.ldc},
@@ -178,7 +178,14 @@ std::vector<Variant> variants() {
   list.push_back(tile_variant<T, HopperTile<128, 128, 6, true>, kA, kB>("pp128x128 s6 r12", 12));
   list.push_back(tile_variant<T, HopperTile<128, 192, 4, false>, kA, kB>("128x192 s4 r16", 16));
   list.push_back(cut_variant<T, HopperMiddleTile, kA, kB>("128x192 in two parts"));
+  if constexpr (kA == Major::k && std::is_same_v<T, bf16>) {  // of few rows
+    list.push_back(cut_variant<T, HopperLargeTile, kA, kB, 4>("128x128 in four parts"));
+    list.push_back(cut_variant<T, HopperTile<64, 128, 8, true>, kA, kB, 4>("pp64x128 s8 in four parts"));
+    list.push_back(cut_variant<T, HopperTile<64, 64, 12, true>, kA, kB>("pp64x64 s12 in two parts"));
+  }
   if constexpr (kB == Major::k && std::is_same_v<T, bf16>) {
+    list.push_back(tile_variant<T, HopperNarrowTile, kA, kB, false>("pp64x32 s16 columns", 12));
+    list.push_back(tile_variant<T, HopperTile<64, 64, 12, true>, kA, kB>("pp64x64 s12 r12", 12));
     list.push_back(tile_variant<T, HopperTile<128, 256, 4, false>, kA, kB>("128x256 s4 r8", 8));
     list.push_back(tile_variant<T, HopperTile<128, 256, 4, false>, kA, kB>("128x256 s4 r32", 32));
     list.push_back(tile_variant<T, HopperTile<128, 256, 3, false>, kA, kB>("128x256 s3 r16", 16));
@@ -205,7 +212,7 @@ Problem make_problem(Major a, Major b, GemmShape shape) {
   p.a = random_matrix<T>(p.elements_a(), 1);
   p.b = random_matrix<T>(p.elements_b(), 2);
   p.c = allocate<T>(shape.M * p.ldc);
-  p.workspace = allocate<float>(std::max(2 * shape.M * shape.N, hopper_parts_workspace(shape)));
+  p.workspace = allocate<float>(std::max(4 * shape.M * shape.N, hopper_parts_workspace(shape)));
   synchronize("inputs");
   return p;
 }
@@ -350,6 +357,8 @@ const NamedShape kShapes[] = {
     {"dx", Major::k, Major::mn, {65536, 768, 3072}},       {"dhidden", Major::k, Major::mn, {65536, 3072, 768}},
     {"dw", Major::mn, Major::mn, {3072, 768, 65536}},      {"dw4096", Major::mn, Major::mn, {4096, 4096, 8192}},
     {"small", Major::k, Major::k, {512, 4096, 4096}},      {"logits", Major::k, Major::k, {8192, 50304, 768}},
+    {"rows64", Major::k, Major::k, {64, 4096, 4096}},      {"rows8", Major::k, Major::k, {8, 4096, 4096}},
+    {"rows64dx", Major::k, Major::mn, {64, 4096, 4096}},   {"rows8wide", Major::k, Major::k, {8, 16384, 4096}},
 };
 
 void time_shape(const NamedShape& named, const char* only) {

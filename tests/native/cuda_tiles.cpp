@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "attention/cuda/decode_parts.h"
 #include "attention/cuda/forward_order.h"
 #include "attention/cuda/one_pass.h"
 #include "attention/cuda/tiles.h"
@@ -137,6 +138,18 @@ void check_hopper_schedule() {
         CHECK(plan.parts >= 1 && plan.parts * depth >= K && (plan.parts - 1) * depth < K);
         CHECK(hopper_plan({M, N, K}, false).parts == 1);
       }
+  // Narrow tiles where asked for, of few rows, in one part, and only where they are no dearer than the others.
+  for (const int64_t M : {1, 8, 64, 65, 128, 4096})
+    for (const int64_t N : {1, 32, 768, 1024, 3072, 4096, 11008, 50257})
+      for (const int64_t K : {8, 64, 768, 4096, 11008}) {
+        const HopperPlan plan = hopper_plan({M, N, K}, true, true), others = hopper_plan({M, N, K}, true);
+        CHECK(others.tile != HopperTileSize::narrow && plan.clocks <= others.clocks);
+        if (plan.tile == HopperTileSize::narrow) CHECK(M <= 64 && plan.parts == 1 && plan.clocks < others.clocks);
+        else CHECK(plan.tile == others.tile && plan.parts == others.parts);
+      }
+  for (const int64_t N : {768, 3072, 4096}) CHECK(hopper_plan({64, N, 768}, true, true).tile == HopperTileSize::narrow);
+  CHECK(hopper_plan({64, 4096, 4096}, true, true).tile == HopperTileSize::narrow);
+  CHECK(hopper_plan({8, 1024, 4096}, true, true).parts > 1);  // 32 narrow tiles would leave 100 multiprocessors idle
 }
 
 void check_band(int Tq, int Tk, int64_t left, int64_t right) {
@@ -163,6 +176,25 @@ void check_band(int Tq, int Tk, int64_t left, int64_t right) {
         CHECK(all.has(key) == every);
       }
     }
+}
+
+// Parts of decoding: they cover the keys without an empty one; more keys never make fewer, so that a workspace for all
+// of them holds for those in a window; no part is small, and there are never more blocks than a device holds at once.
+void check_key_parts() {
+  for (const int width : {64, 128, 256})
+    for (const int64_t items : {1, 2, 7, 64, 65, 96, 128, 129, 256, 5000}) {
+      int64_t before = 1;
+      for (int keys = 0; keys < 70000; keys += keys < 3000 ? 13 : 611) {
+        const int64_t most = most_parts(items, keys, width);
+        CHECK(most >= before && most <= kMostKeyParts && (most == 1 || most * items <= kMostKeyParts));
+        CHECK(most == 1 || (keys / most * width * 4 >= 64 << 10 && keys * width * 4 >= 256 << 10));
+        before = most;
+        const KeyParts parts = key_parts(items, {5, 5 + keys}, width);
+        CHECK(parts.begin == 5 && parts.end == 5 + keys && parts.count >= 1 && parts.count <= most);
+        CHECK(int64_t{parts.count} * parts.length >= keys && (keys == 0 || (parts.count - 1) * parts.length < keys));
+      }
+    }
+  CHECK(most_parts(64, 4096, 128) == 4 && most_parts(8, 16384, 128) == 32 && most_parts(96, 1024, 64) == 1);
 }
 
 // Packed tiles: each token of each sequence in exactly one tile, whatever the lengths.
@@ -304,6 +336,7 @@ int main() {
   check_fragments();
   check_schedule();
   check_hopper_schedule();
+  check_key_parts();
   const int64_t distances[] = {-40, -3, 0, 2, 9, kUnbounded};
   for (const int Tq : {1, 13, 20})
     for (const int Tk : {1, 13, 30})

@@ -114,6 +114,11 @@ struct OnHopper<ffn::HiddenEpilogue<T>> {  // never with a gate: see GatedProduc
 };
 
 template <class T>
+struct MayBeNarrow<ffn::HiddenEpilogue<T>> {
+  static constexpr bool kHolds = true;
+};
+
+template <class T>
 struct OnHopper<ffn::SlopeEpilogue<T>> {
   template <class Body>
   static void visit(const ffn::SlopeEpilogue<T>& e, GemmShape shape, const Body& body) {

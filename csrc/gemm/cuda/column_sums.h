@@ -1,11 +1,13 @@
 // Sums over the rows of a matrix [M, N] with any strides: bias gradients. Two passes in a fixed order: blocks sum
-// kSumRows rows of a group of columns each, contiguous rows by 16-byte loads; then eight warps add the blocks' sums.
+// kSumRows rows of a group of columns each, contiguous rows by 16-byte loads; then eight warps of a kernel that is
+// launched early add the blocks' sums.
 // `Product`: as in gemm.h's add_parts.
 #pragma once
 #include "core/cuda_launch.h"
 #include "core/types.h"
 #include "gemm/cuda/schedule.h"
 #include "ptx/convert.h"
+#include "ptx/grid.h"
 #include "ptx/memory.h"
 
 namespace llmfast::cuda {
@@ -17,6 +19,7 @@ constexpr int64_t column_sums_workspace(int64_t M, int64_t N) { return ceil_div(
 template <class Product, class T>
 __global__ void __launch_bounds__(kSumThreads)
     sum_rows_kernel(const T* x, int64_t stride_m, int64_t stride_n, int64_t M, int64_t N, float* parts) {
+  let_next_kernel_start();
   const int64_t n = blockIdx.x * int64_t{32} + lane(), first = blockIdx.y * int64_t{kSumRows};
   const int64_t end = first + kSumRows < M ? first + kSumRows : M;
   float sum = 0.0f;
@@ -37,6 +40,7 @@ __global__ void __launch_bounds__(kSumThreads)
 template <class Product, class T>
 __global__ void __launch_bounds__(kSumThreads)
     sum_row_chunks_kernel(const T* x, int64_t stride_m, int64_t M, int64_t N, float* parts) {
+  let_next_kernel_start();
   constexpr int kColumns = 16 / sizeof(T), kRowsAtOnce = kSumThreads / 8;
   const int64_t n = (blockIdx.x * int64_t{8} + lane() % 8) * kColumns;
   const int64_t first = blockIdx.y * int64_t{kSumRows} + warp() * 4 + lane() / 8;
@@ -83,6 +87,7 @@ __global__ void __launch_bounds__(kSumThreads)
   const int64_t n = blockIdx.x * int64_t{32} + lane(), each = ceil_div(count, kSumLanes), first = warp() * each;
   const int64_t end = first + each < count ? first + each : count;
   float sum = 0.0f;
+  wait_for_previous_kernel();
   if (n < N) {
 #pragma unroll 8
     for (int64_t p = first; p < end; ++p) sum += parts[p * N + n];
@@ -99,8 +104,8 @@ __global__ void __launch_bounds__(kSumThreads)
 // out[N] = sums of parts [count][N].
 template <class Product, class T>
 void add_column_parts(const float* parts, int64_t count, int64_t N, T* out, const Stream& stream) {
-  launch(stream, {static_cast<unsigned>(ceil_div(N, 32))}, kSumThreads, kSumThreads * sizeof(float),
-         add_column_parts_kernel<Product, T>, parts, count, N, out);
+  launch_early(stream, {static_cast<unsigned>(ceil_div(N, 32))}, kSumThreads, kSumThreads * sizeof(float),
+               add_column_parts_kernel<Product, T>, parts, count, N, out);
 }
 
 // out[N] = sums; `workspace`: column_sums_workspace(M, N) floats.

@@ -1,10 +1,10 @@
 // C[M,N] = A[M,K] B[N,K]^T with an epilogue, float32 sums: the product that linear, ffn and cross-entropy share.
 //
 // 16-bit operands: one block computes one tile (mainloop.h), 128x256 or, where that would leave multiprocessors idle,
-// 128x128 or 64x64; with few tiles and a great depth, blocks share a tile's depth and a second kernel adds the parts in
-// order. float32: multiply-adds (fma_mainloop.h). The finished tile goes, 16 rows of a warp at a time, through shared
-// memory to the epilogue, which sees eight neighbouring columns of a row and so reads and writes global memory 16 bytes
-// a lane. Nothing is added by atomics: results depend on the shape alone.
+// 128x128 or 64x64; with few tiles and a great depth, blocks share a tile's depth and a second kernel, launched early,
+// adds the parts in order. float32: multiply-adds (fma_mainloop.h). The finished tile goes, 16 rows of a warp at a
+// time, through shared memory to the epilogue, which sees eight neighbouring columns of a row and so reads and writes
+// global memory 16 bytes a lane. Nothing is added by atomics: results depend on the shape alone.
 //
 // Registers (nvcc 13.0.88, sm_80, -Xptxas -v): 16-bit 128x256 tiles 254 or 255, 128x128 tiles 122 to 128, 64x64 tiles
 // 119 to 128, all without a spill and at the limit of their launch bounds: one, two and four blocks a multiprocessor.
@@ -17,6 +17,7 @@
 #include "gemm/cuda/fma_mainloop.h"
 #include "gemm/cuda/mainloop.h"
 #include "gemm/cuda/schedule.h"
+#include "ptx/grid.h"
 
 namespace llmfast::cuda {
 
@@ -53,6 +54,7 @@ __device__ void finish_tile(const Accumulators<Tile>& acc, GemmShape shape, int6
 template <class T, class Tile, Major kMajorA, Major kMajorB, class Epilogue>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     gemm_kernel(const Operand a, const Operand b, const GemmShape shape, const Parts parts, Epilogue epilogue) {
+  if constexpr (std::is_same_v<Epilogue, PartEpilogue>) let_next_kernel_start();
   const int64_t tiles_m = ceil_div(shape.M, Tile::kM), tiles_n = ceil_div(shape.N, Tile::kN);
   const TileIndex tile = tile_of(blockIdx.x, tiles_m, tiles_n);
   const int64_t first_k = blockIdx.y * parts.depth;
@@ -92,6 +94,7 @@ __global__ void __launch_bounds__(kAddThreads)
   const int64_t m = index / groups, n = index % groups * 8;
   const int count = N - n < 8 ? static_cast<int>(N - n) : 8;
   float total[8], part[8];
+  wait_for_previous_kernel();
   load_columns(total, sums + m * N + n, count);
   if (N % 8 == 0 && reinterpret_cast<uintptr_t>(sums) % 16 == 0) {  // without branches: loads of several parts at once
 #pragma unroll 4
@@ -114,8 +117,8 @@ __global__ void __launch_bounds__(kAddThreads)
 template <class Product, class Epilogue>
 void add_parts(const float* sums, GemmShape shape, int64_t parts, const Epilogue& epilogue, const Stream& stream) {
   const auto blocks = static_cast<unsigned>(ceil_div(shape.M * ceil_div(shape.N, 8), kAddThreads));
-  launch(stream, {blocks}, kAddThreads, 0, add_parts_kernel<Product, Epilogue>, sums, shape.M, shape.N, parts,
-         epilogue);
+  launch_early(stream, {blocks}, kAddThreads, 0, add_parts_kernel<Product, Epilogue>, sums, shape.M, shape.N, parts,
+               epilogue);
 }
 
 template <class T, class Tile, Major kMajorA, Major kMajorB, class Epilogue>

@@ -85,6 +85,16 @@ struct WantsPingPong<Epilogue, std::enable_if_t<Epilogue::kPingPong>> {
   static constexpr bool kHolds = true;
 };
 
+// Whether tiles may be narrow where rows are few (hopper_plan): their epilogue is then the portable one, by columns.
+template <class Epilogue>
+struct MayBeNarrow {
+  static constexpr bool kHolds = false;
+};
+template <class T>
+struct MayBeNarrow<StoreEpilogue<T, T>> {
+  static constexpr bool kHolds = true;
+};
+
 // Neighbouring columns of a box in one register: pairs[i] is x[2 i] and x[2 i + 1].
 template <class T>
 __device__ __forceinline__ void pack_box(uint32_t (&pairs)[16], const float (&x)[32]) {

@@ -6,11 +6,12 @@
 // (hopper_mainloop.h). Finished accumulators go to the epilogue out of registers: to one of boxes or of whole rows
 // (hopper_boxes.h) as they are; for others (epilogue.h) the four lanes that hold a row's pairs of columns exchange them
 // so that each has eight neighbouring columns. With few tiles and a great depth blocks share a tile's depth and a
-// second kernel adds the parts in order, as in gemm.h. What an epilogue reads from memory comes ahead of it: a tile's
-// bias under its products, boxes of other matrices by two more threads of the first warpgroup.
+// second kernel, launched early, adds the parts in order, as in gemm.h. What an epilogue reads from memory comes ahead
+// of it: a tile's bias under its products, boxes of other matrices by two more threads of the first warpgroup.
 //
 // Tiles are 128 x 256, their rows shared by both warpgroups, for plain epilogues; 128 x 128 in turns (ping-pong) for
-// those with much arithmetic, which then runs under the other warpgroup's products. Up to 232,448 bytes shared memory.
+// those with much arithmetic, which then runs under the other warpgroup's products; 64 x 32 for up to 64 rows of some
+// (MayBeNarrow): the reading of B is all, and one warpgroup keeps up with it. Up to 232,448 bytes shared memory.
 // Registers (nvcc 13.0.88, highest in the SASS of 232): store 185, hidden 219, slopes 229; no spills.
 //
 // Measured on an H100 80GB HBM3, 2026-11-26, benchmarks/native/hopper_gemm.cu, bf16, TFLOP/s (of cuBLAS's speed in the
@@ -26,6 +27,7 @@ using HopperWideTile = HopperTile<128, 256, 4, false>;
 using HopperLargeTile = HopperTile<128, 128, 6, true>;
 using HopperMiddleTile = HopperTile<128, 192, 5, false>;  // of products cut in parts
 using HopperReadTile = HopperTile<128, 128, 4, true>;     // leaves room for what an epilogue reads
+using HopperNarrowTile = HopperTile<64, 32, 16, true>;    // of up to 64 rows: many blocks, 192 KB under way in each
 
 // Lane t of four holds pairs pair[j], columns 8 j + 2 t and the next; then it holds columns 8 t .. 8 t + 7: pair[s]
 // came from lane s. A 4x4 transposition in two exchanges.
@@ -144,6 +146,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   constexpr bool kPaired = IsPaired<Epilogue>::kHolds;
   constexpr int kColumns = kPaired ? Tile::kN / 2 : Tile::kN;
   using Memory = typename HopperMemory<Tile, Epilogue>::OfEpilogue;
+  if constexpr (std::is_same_v<Epilogue, PartEpilogue>) let_next_kernel_start();
   const uint32_t base = (shared_address(dynamic_shared<char>()) + 1023) / 1024 * 1024;
   const uint32_t after_ring = base + Ring<Tile>::kBytes, barriers = after_ring + 2 * Memory::kSlabsBytes;
   const Ring<Tile> ring{base, barriers};
@@ -300,8 +303,12 @@ struct HopperProduct {
   static void run(const Operand& a, const Operand& b, GemmShape shape, const Epilogue& epilogue, float* workspace,
                   const Stream& stream, const MoreOperands& more = {}) {
     if (shape.M == 0 || shape.N == 0) return;
+    constexpr bool kMayBeNarrow = kA == Major::k && kB == Major::k && MayBeNarrow<Epilogue>::kHolds;
     const int64_t K = more.depth(shape.K);
-    const HopperPlan plan = hopper_plan({shape.M, shape.N, K}, workspace != nullptr);
+    const HopperPlan plan = hopper_plan({shape.M, shape.N, K}, workspace != nullptr, kMayBeNarrow);
+    if constexpr (kMayBeNarrow)  // boxes are wider
+      if (plan.tile == HopperTileSize::narrow)
+        return launch_hopper_gemm<T, HopperNarrowTile, kA, kB>(a, b, shape, {1, K}, epilogue, stream, 12, more);
     if (plan.parts == 1)
       return OnHopper<Epilogue>::visit(epilogue, shape, [&](const auto& own) {
         launch_hopper_gemm<T, kA, kB>(a, b, shape, plan.tile, {1, K}, own, stream, more);

@@ -25,7 +25,8 @@ struct HopperTile {
   static constexpr int kFragments = kRows / 64;          // products of 64 rows
   static constexpr int kBytesA = kM * kHopperDepth * 2, kStageBytes = kBytesA + kN * kHopperDepth * 2;
   static constexpr int kThreads = 3 * 128;
-  static_assert(kRows % 64 == 0 && kN % 64 == 0 && kN <= 256 && kFragments * kN <= 256, "accumulators fit registers");
+  static_assert(kRows % 64 == 0 && (kN == 32 || kN % 64 == 0) && kN <= 256);
+  static_assert(kFragments * kN <= 256, "accumulators fit registers");
 };
 
 template <class Tile>
@@ -73,6 +74,7 @@ __device__ __forceinline__ void load_operand(uint32_t to, const TensorMap* map, 
   if constexpr (kMajor == Major::k) {
     bulk_load(to, map, barrier, k, mn);
   } else {
+    static_assert(kMn % 64 == 0, "whole slabs");
 #pragma unroll
     for (int slab = 0; slab < kMn / 64; ++slab) bulk_load(to + slab * kSlabBytes, map, barrier, mn + slab * 64, k);
   }

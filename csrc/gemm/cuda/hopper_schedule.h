@@ -36,7 +36,8 @@ struct Schedule {
   }
 };
 
-enum class HopperTileSize { large, middle, wide };  // 128x128, 128x192 (of parts alone), 128x256
+// 64x32 (of few rows), 128x128, 128x192 (of parts alone), 128x256
+enum class HopperTileSize { narrow, large, middle, wide };
 struct HopperPlan {
   HopperTileSize tile;
   int64_t parts, clocks;
@@ -47,26 +48,33 @@ struct HopperPlan {
 // through memory. On an H100 80GB HBM3 (benchmarks/native/hopper_gemm.cu, 2026-11-26, 1755 MHz) the model and the
 // measurement, in microseconds: 65536x3072x768 436 and 443, 4096x4096x4096 173 and 182; 3072x768x65536 in seven parts
 // of wide tiles 442 and 459.
-constexpr HopperPlan hopper_plan(GemmShape s, bool may_cut) {
+//
+// `may_be_narrow`: up to 64 rows are bound by the reading of B, and their blocks should be many, so that no second
+// kernel is needed. A step of a narrow tile is 12 KB, 300 clocks by 40 bytes a clock and multiprocessor, which is what
+// tiles of 128 x 256 get at full speed (48 KB in 1150 clocks); predicted, not measured.
+constexpr HopperPlan hopper_plan(GemmShape s, bool may_cut, bool may_be_narrow = false) {
   constexpr int64_t kMultiprocessors = 132, kMostParts = 16, kAddClocks = 8000, kBytesAClock = 1600;
   struct Cost {
     HopperTileSize tile;
-    int64_t n, step, ends;
+    int64_t m, n, step, ends, least_parts, most_parts;
   };
-  constexpr Cost kCosts[] = {{HopperTileSize::wide, 256, 1150, 2500},
-                             {HopperTileSize::middle, 192, 870, 2200},
-                             {HopperTileSize::large, 128, 640, 1500}};
+  constexpr Cost kCosts[] = {{HopperTileSize::wide, 128, 256, 1150, 2500, 1, kMostParts},
+                             {HopperTileSize::middle, 128, 192, 870, 2200, 2, kMostParts},
+                             {HopperTileSize::large, 128, 128, 640, 1500, 1, kMostParts},
+                             {HopperTileSize::narrow, 64, 32, 300, 1500, 1, 1}};
   HopperPlan best{HopperTileSize::wide, 1, -1};
-  for (const Cost& cost : kCosts)
-    for (int64_t parts = cost.tile == HopperTileSize::middle ? 2 : 1; parts <= (may_cut ? kMostParts : 1); ++parts) {
+  for (const Cost& cost : kCosts) {
+    if (cost.tile == HopperTileSize::narrow && (!may_be_narrow || s.M > cost.m)) continue;
+    for (int64_t parts = cost.least_parts; parts <= (may_cut ? cost.most_parts : 1); ++parts) {
       if (parts > 1 && s.K < parts * kLeastDepth) break;
       const int64_t depth = ceil_div(ceil_div(s.K, parts), 64);
       if (parts > 1 && ceil_div(ceil_div(s.K, 64), depth) != parts) continue;  // the last would be empty
-      const int64_t tiles = ceil_div(s.M, 128) * ceil_div(s.N, cost.n) * parts;
+      const int64_t tiles = ceil_div(s.M, cost.m) * ceil_div(s.N, cost.n) * parts;
       int64_t clocks = ceil_div(tiles, kMultiprocessors) * (depth * cost.step + cost.ends);
       if (parts > 1) clocks += kAddClocks + 8 * parts * s.M * s.N / kBytesAClock;
       if (best.clocks < 0 || clocks < best.clocks) best = {cost.tile, parts, clocks};
     }
+  }
   return best;
 }
 
