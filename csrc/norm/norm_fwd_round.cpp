@@ -7,7 +7,7 @@
 // Each step is instantiated for the dtypes that it sees (at most two) and chosen before the loop over rows.
 // A thread owns a contiguous slice of rows and two buffers of C floats. weight and bias are widened to float32 once.
 // LayerNorm adds up a row before it normalizes the one before, which hides the wait for the sum across lanes (10% in the
-// cache); RMSNorm, with one such wait a row, gains nothing by it.
+// cache) as long as both rows stay in L1; RMSNorm, with one such wait a row, gains nothing by it.
 #include "norm/norm.h"
 
 #include <utility>
@@ -20,6 +20,8 @@
 
 namespace llmfast::LLMFAST_TARGET {
 namespace {
+
+constexpr int64_t kTwoRowsInL1 = 1024;  // C; with weight, bias and what comes and goes they take 32 KiB of float32
 
 using NormalizeRow = void (*)(const float* row, float mean, float rstd, const float* weight, const float* bias,
                               void* normed, int64_t C, bool stream);
@@ -68,6 +70,7 @@ void norm_forward(const NormParams& p) {
   const bool stream_normed = large && streamable(p.normed, C);
   const bool stream_summed = large && p.summed.defined && streamable(p.summed, C);
 
+  const bool overlap = p.centred && C <= kTwoRowsInL1;
   const int64_t row_grain = 1 + (int64_t{1} << 14) / C;
   parallel_for(x.rows.count, row_grain, [&](int64_t begin, int64_t end) {
     float* row = workspace<float>(Slot::norm_row, 2 * round_up_to_lanes(C));
@@ -78,14 +81,14 @@ void norm_forward(const NormParams& p) {
     };
     for (int64_t m = begin; m < end; ++m) {
       const float sum = add(x.row(m), residual.row(m), summed.row(m), row, C, stream_summed);
-      if (p.centred && m > begin) finish(m - 1, before);
+      if (overlap && m > begin) finish(m - 1, before);
       stats = statistics_of(row, sum, C, p.eps, p.centred);
       if (means) means[m] = stats.mean;
       if (rstds) rstds[m] = stats.rstd;
-      if (p.centred) std::swap(row, before);
+      if (overlap) std::swap(row, before);
       else finish(m, row);
     }
-    if (p.centred && begin < end) finish(end - 1, before);
+    if (overlap && begin < end) finish(end - 1, before);
     if (large) streamed_stores_done();
   });
 }
