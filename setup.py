@@ -74,6 +74,7 @@ SANITIZED = ("base", "ref", "avx2", *(EMULATED_TARGETS if EMULATE else []))
 
 SUFFIX_TARGETS = {
     "_vec": ["ref", "avx2", "avx512"],  # written against simd/vec.h only
+    "_round": ["ref", "avx2", "avx512", "avx512bf16"],  # the same, where rounding to bf16 is much of the work
     "_mm": ["ref", "avx2", "avx512", "avx512bf16", "amx"],  # also uses the GEMM core, which has kernels for bf16
     "_bf16": ["avx512bf16", "amx"],  # multiplies blocks of bf16
     "_amx": ["amx"],  # needs products of bf16 as fast as AMX's

@@ -100,6 +100,33 @@ def test_large_mean_does_not_cancel(isa):
     assert (normed.double() - exact).abs().max() < 3e-4
 
 
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("C", [1, 31, 768])
+def test_gradient_of_a_rounded_sum_with_a_large_mean(isa, dtype, C):
+    step = torch.finfo(dtype).eps * 512  # between neighbours from 512 on
+    summed = torch.full((6, C), 512 + 4 * step)
+    summed[1] += step / 2  # rounds away from the mean that forward saves
+    summed[2, -1] += step
+    summed[3] += step * torch.randint(0, 3, (C,))
+    summed[4] += torch.randn(C)
+    summed[5] += 60 * torch.randn(C)
+    summed[5, 0] = 30000
+    residual = summed.to(dtype)
+    x = (summed - residual.float()).requires_grad_()  # x + residual is `summed`, and rounds to itself or a neighbour
+    weight, grad = torch.randn(C), torch.randn(6, C)
+    normed, rounded = llmfast.add_layer_norm(x, residual, weight, None)
+    (ours,) = torch.autograd.grad(normed, x, grad)
+
+    def gradient(wide):
+        leaf = rounded.to(wide).requires_grad_()
+        out = F.layer_norm(leaf, (C,), weight.to(wide), None, 1e-5)
+        return torch.autograd.grad(out, leaf, grad.to(wide))[0]
+
+    exact, theirs = gradient(torch.float64), gradient(F32)
+    for row in range(6):
+        assert_as_accurate(ours[row], theirs[row], exact[row], what=f"row {row}")
+
+
 def test_norm_is_of_the_unrounded_sum(isa):
     x, residual = torch.full((1, 256), 2.0**-9, dtype=BF16), torch.ones(1, 256, dtype=BF16)
     x[0, ::2] = 0  # 1 + 2^-9 rounds to 1 in bfloat16
@@ -294,5 +321,5 @@ def test_rows_are_counted(isa):
     before = calls("add_rms_norm"), calls("add_layer_norm")
     llmfast.add_rms_norm(torch.randn(2, 3), None, torch.randn(3))
     after = calls("add_rms_norm"), calls("add_layer_norm")
-    row = min(isa, "avx512", key=backend.ISAS.index)
+    row = min(isa, "avx512bf16", key=backend.ISAS.index)
     assert after[0][row] == before[0][row] + 1 and after[1] == before[1]

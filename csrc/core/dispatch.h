@@ -9,8 +9,9 @@
 #include "core/isa.h"
 #include "core/types.h"
 
-// Declares a function in every namespace it is compiled for: VEC in those of `_vec.cpp` files, BF16 in those of `_bf16.cpp`
-// files, AMX in that of `_amx.cpp` files, MM in VEC's and BF16's, as `_mm.cpp` files need it.
+// Declares a function in every namespace it is compiled for: VEC in those of `_vec.cpp` files, ROUND in those of
+// `_round.cpp` files, BF16 in those of `_bf16.cpp` files, AMX in that of `_amx.cpp` files, MM in VEC's and BF16's, as
+// `_mm.cpp` files need it.
 #ifdef LLMFAST_X86
 #define LLMFAST_DECLARE_VEC(declaration)      \
   namespace llmfast::ref { declaration; }     \
@@ -23,21 +24,29 @@
   namespace llmfast::amx { declaration; }
 // A row for a function of an `_amx.cpp` file.
 #define LLMFAST_AMX_ROW(function, supports, dtypes) {Isa::amx, dtypes, supports, amx::function}
+#define LLMFAST_DECLARE_ROUND(declaration) \
+  LLMFAST_DECLARE_VEC(declaration)         \
+  namespace llmfast::avx512bf16 { declaration; }
 // Rows for a function that exists in every vector target.
 #define LLMFAST_VEC_ROWS(function, dtypes) \
   {Isa::avx512, dtypes, nullptr, avx512::function}, {Isa::avx2, dtypes, nullptr, avx2::function}, \
   {Isa::ref, dtypes, nullptr, ref::function}
-// The same with the bf16 targets' rows before them, for parameters that supports() holds for.
+// The same for a function of a `_round.cpp` file.
+#define LLMFAST_ROUND_ROWS(function, dtypes) \
+  {Isa::avx512bf16, dtypes, nullptr, avx512bf16::function}, LLMFAST_VEC_ROWS(function, dtypes)
+// Rows of a `_mm.cpp` file: the bf16 targets' before the others, for parameters that supports() holds for.
 #define LLMFAST_BF16_AND_VEC_ROWS_OF(function, supports, dtypes)                                           \
   {Isa::amx, kBF16, supports, amx::function}, {Isa::avx512bf16, kBF16, supports, avx512bf16::function}, \
   LLMFAST_VEC_ROWS(function, dtypes)
 #else
 #define LLMFAST_DECLARE_VEC(declaration) \
   namespace llmfast::ref { declaration; }
+#define LLMFAST_DECLARE_ROUND(declaration) LLMFAST_DECLARE_VEC(declaration)
 #define LLMFAST_DECLARE_BF16(declaration)
 #define LLMFAST_DECLARE_AMX(declaration)
 #define LLMFAST_AMX_ROW(function, supports, dtypes)
 #define LLMFAST_VEC_ROWS(function, dtypes) {Isa::ref, dtypes, nullptr, ref::function}
+#define LLMFAST_ROUND_ROWS(function, dtypes) LLMFAST_VEC_ROWS(function, dtypes)
 #define LLMFAST_BF16_AND_VEC_ROWS_OF(function, supports, dtypes) LLMFAST_VEC_ROWS(function, dtypes)
 #endif
 #define LLMFAST_BF16_AND_VEC_ROWS(function, supports) LLMFAST_BF16_AND_VEC_ROWS_OF(function, supports, kAllFloat)

@@ -38,5 +38,5 @@ void norm_backward(const NormBackwardParams& params);
 
 }  // namespace llmfast
 
-LLMFAST_DECLARE_VEC(void norm_forward(const NormParams&))
-LLMFAST_DECLARE_VEC(void norm_backward(const NormBackwardParams&))
+LLMFAST_DECLARE_ROUND(void norm_forward(const NormParams&))
+LLMFAST_DECLARE_ROUND(void norm_backward(const NormBackwardParams&))

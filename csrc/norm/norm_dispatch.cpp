@@ -4,12 +4,12 @@ namespace llmfast {
 namespace {
 
 // LayerNorm and RMSNorm run the same functions; a table each, so that each has its own name and count of calls.
-const DispatchTable<NormParams> kLayerNorm("add_layer_norm", {LLMFAST_VEC_ROWS(norm_forward, kAllFloat)});
-const DispatchTable<NormParams> kRmsNorm("add_rms_norm", {LLMFAST_VEC_ROWS(norm_forward, kAllFloat)});
+const DispatchTable<NormParams> kLayerNorm("add_layer_norm", {LLMFAST_ROUND_ROWS(norm_forward, kAllFloat)});
+const DispatchTable<NormParams> kRmsNorm("add_rms_norm", {LLMFAST_ROUND_ROWS(norm_forward, kAllFloat)});
 const DispatchTable<NormBackwardParams> kLayerNormBackward("add_layer_norm_backward",
-                                                           {LLMFAST_VEC_ROWS(norm_backward, kAllFloat)});
+                                                           {LLMFAST_ROUND_ROWS(norm_backward, kAllFloat)});
 const DispatchTable<NormBackwardParams> kRmsNormBackward("add_rms_norm_backward",
-                                                         {LLMFAST_VEC_ROWS(norm_backward, kAllFloat)});
+                                                         {LLMFAST_ROUND_ROWS(norm_backward, kAllFloat)});
 
 }  // namespace
 

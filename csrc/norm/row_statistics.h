@@ -17,7 +17,7 @@ float add_row(const void* x_row, const void* residual_row, void* summed_row, flo
   const R* residual = static_cast<const R*>(residual_row);
   R* summed = static_cast<R*>(summed_row);
   FourSums sum;
-  for_each_vec_of_four(C, [&](int64_t i, auto lanes, int u) {
+  for_each_vec_of_four(C, [&](int64_t i, auto lanes, int u) __attribute__((always_inline)) {
     Vec total = lanes.load(x + i);
     if (residual) {
       total = total + lanes.load(residual + i);
@@ -44,7 +44,7 @@ inline AddRow choose_add_row(DType x, DType residual, bool centred) {
 inline float squared_gap(const float* row, float mean, int64_t C) {
   const Vec centre = Vec::set(mean);
   FourSums sum;
-  for_each_vec_of_four(C, [&](int64_t i, auto lanes, int u) {
+  for_each_vec_of_four(C, [&](int64_t i, auto lanes, int u) __attribute__((always_inline)) {
     const Vec gap = keep(Vec::load(row + i) - centre, lanes);
     sum.part[u] = fma(gap, gap, sum.part[u]);
   });

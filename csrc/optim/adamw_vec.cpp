@@ -43,7 +43,7 @@ double squares_of(const G* values, int64_t count) {
   for (int64_t begin = 0; begin < count; begin += kRun) {
     const int64_t run = count - begin < kRun ? count - begin : kRun;
     FourSums sum;
-    for_each_vec_of_four(run, [&](int64_t i, auto lanes, int u) {
+    for_each_vec_of_four(run, [&](int64_t i, auto lanes, int u) __attribute__((always_inline)) {
       const Vec g = lanes.load(values + begin + i);
       sum.part[u] = fma(g, g, sum.part[u]);
     });

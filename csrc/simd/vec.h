@@ -1,5 +1,6 @@
 // The vector vocabulary: `Vec`, one register of float lanes, and `Mask`, one boolean a lane. Kernels of `_vec.cpp`,
-// `_mm.cpp` and `_bf16.cpp` files are written against these names alone and are compiled once for each target, in its own namespace.
+// `_round.cpp`, `_mm.cpp` and `_bf16.cpp` files are written against these names alone and are compiled once for each
+// target, in its own namespace.
 //
 //   Vec::zero() Vec::set(x) Vec::iota()            constants; iota = 0, 1, 2, ...
 //   Vec::load(p) Vec::load_n(p, n)                 p: float, bf16 or fp16; lanes >= n are zero and not read
@@ -19,7 +20,7 @@
 #include "core/types.h"
 
 #ifndef LLMFAST_TARGET
-#error "simd/vec.h is for files that are compiled for a target (suffix _vec, _mm or _bf16); see setup.py"
+#error "simd/vec.h is for files that are compiled for a target (suffix _vec, _round, _mm or _bf16); see setup.py"
 #endif
 
 #if defined(__AVX512F__) || (defined(LLMFAST_WIDTH) && LLMFAST_WIDTH == 512)
