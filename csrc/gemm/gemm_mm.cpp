@@ -222,8 +222,10 @@ void gemm(MatrixRef a, MatrixRef b, GemmSize size, EpilogueRef epilogue) {
   if (size.M <= Kernel::kFewRows && b.row_stride == 1) return gemm_few_rows(a, b, size, epilogue);
   if (size.M <= kAcrossRows && b.col_stride == 1) return gemm_few_rows_across(a, b, size, epilogue);
   const int threads = threads_for(size.M * size.N * size.K, 1 << 17);
-  if (b.row_stride == 1 && row_parts(size, threads) == 1 && fits_one_block(size.M, size.K))
-    return gemm_unpacked(a, b, size, epilogue);
+  if (b.row_stride == 1 && row_parts(size, threads) == 1 && fits_one_block(size.M, size.K)) {
+    if constexpr (Kernel::kFewRowsInBlock) return gemm_few_rows(a, b, size, epilogue);
+    else return gemm_unpacked(a, b, size, epilogue);
+  }
   auto* packed = workspace<Kernel::Packed>(Slot::packed_b, packed_b_elements(size.N, size.K) + 64);
   pack_b(packed, b, size.N, size.K);
   gemm_packed(a, packed, size, epilogue);

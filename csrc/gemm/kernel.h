@@ -6,7 +6,8 @@
 //   kStoresRows                  whether multiply's output may be rows of C itself
 //   kDepthInL1                   kc: depth of a B sub-panel that stays in L1
 //   kBlockBytes                  how much packed A may occupy in L2
-//   kFewRows                     most rows of A for which few_rows.h is faster than packing
+//   kFewRows                     most rows of A for which few_rows.h is faster than packing, whatever they are
+//   kFewRowsInBlock              whether it is so for all that are one block in L2, too
 //   supports(dtype)              operand dtypes it multiplies
 //   ThreadState                  RAII, one per thread and parallel region (AMX: tile configuration)
 //   pack_a(dst, a, rows, depth)  one row panel: `rows` <= kRows of A, zero-padded to kRows x padded depth

@@ -18,7 +18,8 @@ struct Kernel {
   static constexpr int kCols = 2 * kTileRows;
   static constexpr int kDepth = 32;
   static constexpr bool kTakesRows = false, kStoresRows = true;
-  static constexpr int64_t kFewRows = 16;
+  static constexpr int64_t kFewRows = 64;
+  static constexpr bool kFewRowsInBlock = true;
   static constexpr int64_t kDepthInL1 = 512;
   static constexpr int64_t kBlockBytes = 1100 << 10;
   static_assert(kRows == kBlock && kCols == kBlock && kDepth == kBlock);
