@@ -19,7 +19,19 @@ BF16 = torch.bfloat16
 ROWS = [1, 4, 5, 15, 16, 17, 31, 32, 33, 48, 49, 63, 64, 65, 96, 129]
 # (N, K): groups of 32 weight rows and steps of 32 of depth, one less and one more; pieces of 512 of depth; one row, one
 # column; more than one group a thread
-SIZES = [(1, 1), (15, 31), (16, 33), (31, 32), (32, 64), (33, 2), (65, 97), (100, 544), (64, 1056), (7, 1025), (257, 63)]
+SIZES = [
+    (1, 1),
+    (15, 31),
+    (16, 33),
+    (31, 32),
+    (32, 64),
+    (33, 2),
+    (65, 97),
+    (100, 544),
+    (64, 1056),
+    (7, 1025),
+    (257, 63),
+]
 
 
 @pytest.mark.parametrize("M", ROWS)

@@ -89,7 +89,8 @@ inline void load_operand(const bf16* p, int64_t row_stride) {
 
 // Adds 32 of depth: two tiles of W times kTilesOfX of A^T. between() runs in the products' shadow.
 template <bool kInPlace, int kTilesOfX, class Between>
-inline __attribute__((always_inline)) void add_step(const bf16* w, int64_t row_stride, int64_t tile_stride, const bf16* x, const Between& between) {
+inline __attribute__((always_inline)) void add_step(const bf16* w, int64_t row_stride, int64_t tile_stride, const bf16* x,
+                                                    const Between& between) {
   load_operand<kInPlace, kW>(w, row_stride);
   load_operand<!kInPlace, kX>(x, kBlock);
   tile_dot<0, kW, kX>();

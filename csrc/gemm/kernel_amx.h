@@ -55,7 +55,7 @@ struct Kernel {
                        int64_t ldc, const bf16* next_b, int64_t next_count, Pending& pending) {
     const bf16* a = left.packed;
     const int64_t steps = depth / kDepth;
-    const int epilogue_rows = static_cast<int>((pending.left() + steps - 1) / steps);
+    const int64_t epilogue_rows = (pending.left() + steps - 1) / steps;
     const char* ahead = reinterpret_cast<const char*>(next_b);
     const int64_t lines = (next_count * int64_t{sizeof(bf16)} / 64 + steps - 1) / steps;  // cache lines a step
     const int64_t ahead_bytes = (lines < kMostLines ? lines : kMostLines) * 64;
