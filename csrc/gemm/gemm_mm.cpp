@@ -19,8 +19,8 @@ inline int64_t panel_width(int64_t cols) { return cols < Kernel::kCols ? cols : 
 // Packs column panels [first, last) of B[K,N]; panel j starts at dst + j * kCols * padded_depth(K).
 inline void pack_b_panels(Kernel::Packed* dst, MatrixRef b, int64_t N, int64_t K, int64_t first, int64_t last) {
   const auto pack = [&](int64_t panel, int64_t k, int64_t depth) {
-    const int64_t n = panel * Kernel::kCols;
-    Kernel::pack_b(dst + n * padded_depth(K) + k * Kernel::kCols, b.offset(k, n), panel_width(N - n), K - k < depth ? K - k : depth);
+    const int64_t n = panel * Kernel::kCols, now = K - k < depth ? K - k : depth;
+    Kernel::pack_b(dst + n * padded_depth(K) + k * Kernel::kCols, b.offset(k, n), panel_width(N - n), now);
   };
   const int64_t step = packing_depth(b.col_stride, K);
   if (step < K) {
@@ -96,13 +96,16 @@ inline int64_t even_split(int64_t total, int64_t most, int64_t multiple) {
   return round_up((total + parts - 1) / parts, multiple);
 }
 
-inline Blocking choose_blocking(int64_t M, int64_t K) {
+inline Blocking choose_blocking(int64_t M, int64_t N, int64_t K) {
   constexpr int64_t kElements = kBlockElementsOfA;
   Blocking blocking;
   blocking.depth = even_split(padded_depth(K), round_up(kElements / kMinRowsOfBlock, Kernel::kDepth), Kernel::kDepth);
   blocking.sub_depth = even_split(blocking.depth, Kernel::kDepthInL1, Kernel::kDepth);
   const int64_t most_rows = kElements / blocking.depth / Kernel::kRows * Kernel::kRows;
-  blocking.rows = even_split(M, most_rows > kMinRowsOfBlock ? most_rows : kMinRowsOfBlock, Kernel::kRows);
+  // With all of B in L2 small blocks cost nothing, and C is written a few rows at a time. Measured (2-core Zen 5, one thread, bf16,
+  // a weight gradient of 3072 x 768): 1.38 times as fast with depth 16, 1.10 with 64, 1.02 with 128.
+  const bool b_in_l2 = round_up(N, Kernel::kCols) * padded_depth(K) <= kElements;
+  blocking.rows = even_split(M, most_rows > kMinRowsOfBlock && !b_in_l2 ? most_rows : kMinRowsOfBlock, Kernel::kRows);
   return blocking;
 }
 
@@ -193,8 +196,8 @@ void multiply_rectangle(MatrixRef a, const RightPanels& right, int64_t K, Range 
             Kernel::LeftPanel left = {packed_a + p * m_panels * R + i * R * sub, nullptr, 0};
             if (unpacked && valid_rows == R) left = {nullptr, unpacked + (m0 + i * R) * a.row_stride + k0 + p, a.row_stride};
             const int64_t lines_left = pending.ahead.left() - lines_a_tile;
-            Kernel::multiply(left, valid_rows, b, sub, first ? nullptr : tile, out, into_c ? plain.ldc : N, next_b + i * next_share,
-                             next_share, pending);
+            Kernel::multiply(left, valid_rows, b, sub, first ? nullptr : tile, out, into_c ? plain.ldc : N,
+                             next_b + i * next_share, next_share, pending);
             pending.ahead.step(pending.ahead.left() - lines_left);  // what the kernel has not read between its steps
             if (last && !into_c) {
               pending.take({&epilogue, out, m0 + i * R, n, n_count, valid_rows});
@@ -222,7 +225,7 @@ void gemm_rectangle(MatrixRef a, const Kernel::Packed* packed_b, int64_t K, Rang
                     EpilogueRef epilogue) {
   if (rows.begin >= rows.end || cols.begin >= cols.end) return;
   if (K == 0) return rectangle_of_zeros(rows, cols, epilogue);
-  multiply_rectangle(a, {packed_b, {}, nullptr}, K, rows, cols, choose_blocking(rows.end - rows.begin, K), epilogue);
+  multiply_rectangle(a, {packed_b, {}, nullptr}, K, rows, cols, choose_blocking(rows.end - rows.begin, cols.end - cols.begin, K), epilogue);
 }
 
 // How many threads share the rows; the rest of the factor shares the columns.

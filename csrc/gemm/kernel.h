@@ -15,8 +15,9 @@
 //                                in steps of kDepth, so a sub-panel starts at depth * kCols
 //   multiply(left, rows, b, depth, c_in, c_out, ldc, next_b, next_count, pending)
 //                                c_out = (c_in or 0) + left * b; c_in is a row-major tile kRows x kCols, c_out one with rows
-//                                ldc apart. Only the first `rows` rows matter. May finish `pending`, the previous tile's epilogue, between its own steps; must
-//                                before returning. next_b, next_count: this call's share of the B sub-panel that comes
+//                                ldc apart. Only the first `rows` rows matter. May run `pending`, the previous tile's
+//                                epilogue and what is to be read ahead, between its own steps; must finish it before
+//                                returning. next_b, next_count: this call's share of the packed B sub-panel that comes
 //                                next, to prefetch.
 #pragma once
 
