@@ -148,12 +148,14 @@ inline Rows gather_pairs(const MatrixRef& a, GemmSize size) {
   return {x, size.K};
 }
 
-inline void gemm_few_rows(MatrixRef a, MatrixRef b, GemmSize size, EpilogueRef epilogue) {
+// C = epilogue(A * B) for up to kMostRows rows of A.
+template <int64_t kMostRows>
+void gemm_by_dots(MatrixRef a, MatrixRef b, GemmSize size, EpilogueRef epilogue) {
   const Rows x = gather_pairs(a, size), w = {static_cast<const bf16*>(b.data), b.col_stride};
   constexpr int64_t kPanel = Kernel::kCols;
   const int64_t panels = (size.N + kPanel - 1) / kPanel;
   parallel_for(panels, 1 + (int64_t{1} << 15) / (kPanel * size.K), [&](int64_t first, int64_t last) {
-    alignas(64) float out[Kernel::kFewRows * kPanel];
+    alignas(64) float out[kMostRows * kPanel];
     for (int64_t n = first * kPanel; n < last * kPanel && n < size.N; n += kPanel) {
       const int64_t count = size.N - n < kPanel ? size.N - n : kPanel;
       const Rows rows = {w[n], w.stride};
@@ -162,7 +164,8 @@ inline void gemm_few_rows(MatrixRef a, MatrixRef b, GemmSize size, EpilogueRef e
         case 2: dot_columns<2>(x, rows, size.K, count, out, kPanel); break;
         case 3: dot_columns<3>(x, rows, size.K, count, out, kPanel); break;
         case 4: dot_columns<4>(x, rows, size.K, count, out, kPanel); break;
-        default: dot_squares(x, size.M, rows, size.K, count, out, kPanel);
+        default:
+          if constexpr (kMostRows > kDotRows) dot_squares(x, size.M, rows, size.K, count, out, kPanel);
       }
       epilogue(out, 0, n, size.M, count);
     }

@@ -6,8 +6,8 @@
 // epilogue's affair (bias, activation, store, loss); the core never writes C itself.
 //
 // How it works (the same nest for every target; `Kernel` is what differs):
-//   B is packed once into panels of Kernel::kCols columns, by all threads together; where A is one block, so that no panel
-//   is used twice, each thread packs a panel at a time and keeps it in L2.
+//   B is packed once into panels of Kernel::kCols columns, by all threads together; where A is a block or two, so that a
+//   panel is hardly used twice, each thread packs a panel at a time, keeps it in L2 and reads the next one ahead.
 //   Each thread owns a rectangle of C. It packs mc rows of A so that they stay in L2 and runs through the column panels;
 //   a sub-panel of B, kc deep, stays in L1 while all row panels of A stream past it.
 //   A tile of kRows x kCols accumulates in registers over kc and waits in a small buffer between sub-panels.

@@ -6,7 +6,8 @@
 //   kStoresRows                  whether multiply's output may be rows of C itself
 //   kDepthInL1                   kc: depth of a B sub-panel that stays in L1
 //   kBlockBytes                  how much packed A may occupy in L2
-//   kFewRows                     most rows of A for which few_rows.h is faster than packing
+//   kFewRows                     most rows of A for which few_rows.h is faster than packing, whatever they are
+//   kFewRowsInBlock              whether it is so for all that are one block in L2, too
 //   supports(dtype)              operand dtypes it multiplies
 //   ThreadState                  RAII, one per thread and parallel region (AMX: tile configuration)
 //   pack_a(dst, a, rows, depth)  one row panel: `rows` <= kRows of A, zero-padded to kRows x padded depth
@@ -14,8 +15,9 @@
 //                                in steps of kDepth, so a sub-panel starts at depth * kCols
 //   multiply(left, rows, b, depth, c_in, c_out, ldc, next_b, next_count, pending)
 //                                c_out = (c_in or 0) + left * b; c_in is a row-major tile kRows x kCols, c_out one with rows
-//                                ldc apart. Only the first `rows` rows matter. May finish `pending`, the previous tile's epilogue, between its own steps; must
-//                                before returning. next_b, next_count: this call's share of the B sub-panel that comes
+//                                ldc apart. Only the first `rows` rows matter. May run `pending`, the previous tile's
+//                                epilogue and what is to be read ahead, between its own steps; must finish it before
+//                                returning. next_b, next_count: this call's share of the packed B sub-panel that comes
 //                                next, to prefetch.
 #pragma once
 

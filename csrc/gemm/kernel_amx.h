@@ -18,7 +18,8 @@ struct Kernel {
   static constexpr int kCols = 2 * kTileRows;
   static constexpr int kDepth = 32;
   static constexpr bool kTakesRows = false, kStoresRows = true;
-  static constexpr int64_t kFewRows = 16;
+  static constexpr int64_t kFewRows = 64;
+  static constexpr bool kFewRowsInBlock = true;
   static constexpr int64_t kDepthInL1 = 512;
   static constexpr int64_t kBlockBytes = 1100 << 10;
   static_assert(kRows == kBlock && kCols == kBlock && kDepth == kBlock);
@@ -54,7 +55,7 @@ struct Kernel {
                        int64_t ldc, const bf16* next_b, int64_t next_count, Pending& pending) {
     const bf16* a = left.packed;
     const int64_t steps = depth / kDepth;
-    const int epilogue_rows = static_cast<int>((pending.left() + steps - 1) / steps);
+    const int64_t epilogue_rows = (pending.left() + steps - 1) / steps;
     const char* ahead = reinterpret_cast<const char*>(next_b);
     const int64_t lines = (next_count * int64_t{sizeof(bf16)} / 64 + steps - 1) / steps;  // cache lines a step
     const int64_t ahead_bytes = (lines < kMostLines ? lines : kMostLines) * 64;

@@ -17,6 +17,7 @@ struct Kernel {
   static constexpr int kDepth = kBlock;
   static constexpr bool kTakesRows = false, kStoresRows = true;
   static constexpr int64_t kFewRows = 48;
+  static constexpr bool kFewRowsInBlock = false;
   static constexpr int64_t kDepthInL1 = 768;
   static constexpr int64_t kBlockBytes = 512 << 10;
 

@@ -66,6 +66,7 @@ struct Kernel {
   static constexpr int kDepth = 1;
   static constexpr bool kTakesRows = true, kStoresRows = true;
   static constexpr int64_t kFewRows = 16;
+  static constexpr bool kFewRowsInBlock = false;
   static constexpr int64_t kDepthInL1 = 256;
   static constexpr int64_t kBlockBytes = Vec::kRegisters == 32 ? 640 << 10 : 256 << 10;
   static_assert(kRows * kVecs + kVecs + 1 <= Vec::kRegisters);

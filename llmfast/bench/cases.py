@@ -209,6 +209,8 @@ def _work(op: str, size: Size) -> list[_Work]:
         work = [_linear(16, 768, 3072, "forward"), _linear(2 * few, 768, 3072, "forward")]
         if size == "full":
             work.append(_linear(2 * few, 3072, 768, "forward"))
+            work += [_linear(M, 768, 3072, "forward") for M in (1, 64)]
+            work += [_linear(M, 768, 50257, "forward") for M in (1, 16, 64)]
         return [*work, _linear(few, 768, 3072, "backward")]
     if op == "ffn":
         C, width = (33, 70) if size == "smoke" else (768, 3072)

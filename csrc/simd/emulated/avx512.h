@@ -312,6 +312,16 @@ inline V shuffle_quarters(V a, V b, int imm) {
     __builtin_memcpy(r.at + 4 * i, (i < 2 ? x : y).at + 4 * (imm >> (2 * i) & 3), 16);
   return r.vector();
 }
+// The four dwords of a in each quarter; lanes that the mask leaves out keep those of `old`.
+inline __m512i mask_broadcast_quarter(__m512i old, __mmask16 mask, __m128i a) {
+  auto r = lanes<int>(old);
+  int quarter[4];
+  __builtin_memcpy(quarter, &a, 16);
+  for (int i = 0; i < 16; ++i)
+    if (mask >> i & 1) r.at[i] = quarter[i % 4];
+  return r.vector();
+}
+inline __m512i broadcast_quarter(__m128i a) { return mask_broadcast_quarter(__m512i{}, 0xffff, a); }
 // Index bits beyond a lane number are ignored.
 template <class V, class T>
 inline V permute(__m512i index, V a) {

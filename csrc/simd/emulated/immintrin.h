@@ -141,7 +141,8 @@
 #define _mm512_unpackhi_epi64 LLMFAST_EMU::unpack<__m512i, long long, 1>
 #define _mm512_shuffle_ps LLMFAST_EMU::shuffle_ps
 #define _mm512_shuffle_f32x4 LLMFAST_EMU::shuffle_quarters<__m512>
-#define _mm512_shuffle_i32x4 LLMFAST_EMU::shuffle_quarters<__m512i>
+#define _mm512_broadcast_i32x4 LLMFAST_EMU::broadcast_quarter
+#define _mm512_mask_broadcast_i32x4 LLMFAST_EMU::mask_broadcast_quarter
 #define _mm512_permutexvar_ps LLMFAST_EMU::permute<__m512, float>
 #define _mm512_permutexvar_epi32 LLMFAST_EMU::permute<__m512i, int>
 #define _mm512_permutexvar_epi16 LLMFAST_EMU::permute<__m512i, short>
