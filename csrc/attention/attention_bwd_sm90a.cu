@@ -55,16 +55,16 @@ void launch_tiles(const AttentionBackwardParams& p, const Stream& stream, Grid t
          maps.k, maps.v, maps.q, maps.grad_out, static_cast<int>(tiles.x), kCounted);
 }
 
-template <class T, class Layout, bool kCapped, bool kCounted = true>
+template <class T, class Layout, Scoring kScoring, bool kCounted = true>
 void launch_keys(const AttentionBackwardParams& p, const Stream& stream) {
   launch_tiles<kCounted>(p, stream, grid_of(p, p.Tk, p.Hkv), Layout::kBytes,
-                         attention_grad_kv_kernel<T, Layout, kCapped>, Maps(p, kOwnRows, Layout::kQueries));
+                         attention_grad_kv_kernel<T, Layout, kScoring>, Maps(p, kOwnRows, Layout::kQueries));
 }
 
-template <class T, class Layout, bool kCapped, bool kCounted = true>
+template <class T, class Layout, Scoring kScoring, bool kCounted = true>
 void launch_queries(const AttentionBackwardParams& p, const Stream& stream) {
   launch_tiles<kCounted>(p, stream, grid_of(p, p.Tq, p.Hq), Layout::kBytes,
-                         attention_grad_q_kernel<T, Layout, kCapped>, Maps(p, Layout::kKeys, kOwnRows));
+                         attention_grad_q_kernel<T, Layout, kScoring>, Maps(p, Layout::kKeys, kOwnRows));
 }
 
 // The statistics' kernel before it zeroes the sums, unless kOrdered, and the turns.
@@ -85,12 +85,14 @@ void launch_rounding(const AttentionBackwardParams& p, const Stream& stream) {
          SlabTile<64, 64>::kBytes + kSharedAlignment, round_query_sums_kernel<T, kD>, p);
 }
 
-template <class T, int kD, bool kCapped>
+template <class T, int kD, Scoring kScoring>
 void launch_kernels(const AttentionBackwardParams& p, const Stream& stream) {
   launch_query_statistics<T, kD / 8>(p, stream);
-  constexpr bool kWide = kD == 64 && !kCapped;
-  launch_keys<T, KeysLayout<kD, kWide ? 128 : 64, kD == 64 && !kWide ? 4 : 2>, kCapped>(p, stream);
-  launch_queries<T, QueriesLayout<kD, 128, kD == 64 ? 3 : 2, kD != 64>, kCapped>(p, stream);
+  if (kScoring == Scoring::masked) launch_mask_classes(p, stream, mask_classes_of(p));
+  constexpr bool kWide = kD == 64 && kScoring != Scoring::capped;
+  constexpr bool kDrains = kD != 64 || kScoring == Scoring::masked;
+  launch_keys<T, KeysLayout<kD, kWide ? 128 : 64, kD == 64 && !kWide ? 4 : 2>, kScoring>(p, stream);
+  launch_queries<T, QueriesLayout<kD, 128, kD == 64 ? 3 : 2, kDrains>, kScoring>(p, stream);
 }
 
 template <class T, int kD>
@@ -104,8 +106,9 @@ void launch_one_pass(const AttentionBackwardParams& p, const Stream& stream) {
 template <class T, int kD>
 void launch_backward(const AttentionBackwardParams& p, const Stream& stream) {
   if (in_one_pass(p)) launch_one_pass<T, kD>(p, stream);
-  else if (p.softcap > 0.0f) launch_kernels<T, kD, true>(p, stream);
-  else launch_kernels<T, kD, false>(p, stream);
+  else if (p.mask.data) launch_kernels<T, kD, Scoring::masked>(p, stream);
+  else if (p.softcap > 0.0f) launch_kernels<T, kD, Scoring::capped>(p, stream);
+  else launch_kernels<T, kD, Scoring::plain>(p, stream);
 }
 
 template <class T>
@@ -117,7 +120,8 @@ void backward(const AttentionBackwardParams& p, const Stream& stream) {
 }  // namespace
 
 bool supports_attention_backward_sm90a(const AttentionBackwardParams& p) {
-  if (p.mask.data || p.D > 128 || p.Dv > 128 || p.D % kChunk != 0 || p.Dv % kChunk != 0) return false;
+  if (p.mask.data && (p.softcap > 0.0f || p.scale == 0.0f)) return false;
+  if (p.D > 128 || p.Dv > 128 || p.D % kChunk != 0 || p.Dv % kChunk != 0) return false;
   if (p.Tq == 0 || p.Tk == 0) return false;
   if (p.B * p.Hq * ((p.Tq > p.Tk ? p.Tq : p.Tk) / kOwnRows + 1) > kMostBlocks) return false;
   const int64_t sequences = mapped_sequences(p);

@@ -158,7 +158,7 @@ __device__ __forceinline__ void consume_jointly(const AttentionBackwardParams& p
   const int warpgroup = uniform(thread() / kWarpgroup), first_row = warpgroup * 64, my_row = warp() * 16;
   const int my_column = lane() % 4 * 2;
   const int first_tile = uniform(w.tile(shared, 0)), tiles = uniform(w.end_tile - w.first_tile);
-  const int steps = uniform(w.steps());
+  const int steps = uniform(w.steps);
   const Span full = {uniform(w.full.begin), uniform(w.full.end)};
   const uint32_t ready = w.inspects ? shared.inspected(0) : shared.full(0);
   const ScoreScale scale(p);
@@ -193,6 +193,7 @@ __device__ __forceinline__ void consume_jointly(const AttentionBackwardParams& p
                              {mine[1].begin - first - my_column, mine[1].end - first - my_column}};
     float scores[kQueries / 2], products[kQueries / 2], kept[kQueries / 2];
     uint32_t weights[kQueries / 16][4], gradients[kQueries / 16][4];
+    constexpr uint32_t hidden[kQueries / 64] = {};  // by a mask: there is none
     mbarrier_wait(shared.full(stage), place.parity);
     mbarrier_wait(ready + 8 * stage, place.parity);
     warpgroup_fence();
@@ -202,13 +203,13 @@ __device__ __forceinline__ void consume_jointly(const AttentionBackwardParams& p
     warpgroup_commit();
     warpgroup_wait<1>();  // scores
     if (first < full.begin || first + kQueries > full.end) {
-      weights_of_scores<Layout, kCapped, true>(scores, kept, statistics, factor, scale, visible);
+      weights_of_scores<Layout, kCapped, true>(scores, kept, statistics, factor, scale, visible, hidden);
       warpgroup_wait<0>();
-      gradients_of_scores<T, Layout, kCapped, true>(kept, products, statistics, scale, visible, weights, gradients);
+      gradients_of_scores<T, Layout, kCapped, true>(kept, products, statistics, scale, visible, hidden, weights, gradients);
     } else {
-      weights_of_scores<Layout, kCapped, false>(scores, kept, statistics, factor, scale, visible);
+      weights_of_scores<Layout, kCapped, false>(scores, kept, statistics, factor, scale, visible, hidden);
       warpgroup_wait<0>();
-      gradients_of_scores<T, Layout, kCapped, false>(kept, products, statistics, scale, visible, weights, gradients);
+      gradients_of_scores<T, Layout, kCapped, false>(kept, products, statistics, scale, visible, hidden, weights, gradients);
     }
     const auto tile_of_scores = shared.scores(buffer);
     mbarrier_wait(shared.scores_empty(buffer), round ^ 1);
@@ -291,14 +292,14 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   if (thread() >= kConsumers * kWarpgroup) {
     registers_shrink<kProducerRegisters>();
     const int worker = warp() - kConsumers * 4;
-    if (worker == 0 && lane() == 0 && work.steps() > 0) {
+    if (worker == 0 && lane() == 0 && work.steps > 0) {
       load_own(p, work, shared, shared.own(), &k_map, &v_map);
       RingPlace<Layout::kStages> place;
-      load_queries(p, work, shared, place, &q_map, &grad_out_map);
+      load_queries<false>(p, work, shared, place, &q_map, &grad_out_map, [](int, int, int, uint8_t) {});
     }
     if (worker == 1) {
       RingPlace<Layout::kStages> place;
-      for (int step = 0; step < work.steps() && work.inspects; ++step, place.advance()) {
+      for (int step = 0; step < work.steps && work.inspects; ++step, place.advance()) {
         mbarrier_wait(shared.full(place.stage), place.parity);
         clear_absent_queries(shared, place.stage, 0);
         __syncwarp();
