@@ -89,7 +89,7 @@ template <class T, int kD, Scoring kScoring>
 void launch_kernels(const AttentionBackwardParams& p, const Stream& stream) {
   launch_query_statistics<T, kD / 8>(p, stream);
   if (kScoring == Scoring::masked) launch_mask_classes(p, stream, mask_classes_of(p));
-  constexpr bool kWide = kD == 64 && kScoring != Scoring::capped;
+  constexpr bool kWide = kD == 64 && kScoring == Scoring::plain;
   constexpr bool kDrains = kD != 64 || kScoring == Scoring::masked;
   launch_keys<T, KeysLayout<kD, kWide ? 128 : 64, kD == 64 && !kWide ? 4 : 2>, kScoring>(p, stream);
   launch_queries<T, QueriesLayout<kD, 128, kD == 64 ? 3 : 2, kDrains>, kScoring>(p, stream);

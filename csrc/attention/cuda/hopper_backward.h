@@ -75,6 +75,17 @@ __device__ __forceinline__ void start_weighted_sum(float (&acc)[B::kD / 2], cons
     warpgroup_product<B::kD, T, Major::mn>(acc, weights[k], b.by_columns(k), add || k > 0);
 }
 
+// Holds what `values` are made by above the wait for the products that run meanwhile, below which ptxas would move nearly
+// all of it: a word that depends on all of them goes to shared memory, 128 bytes that nobody reads.
+template <int kCount>
+__device__ __forceinline__ void hold(const float (&values)[kCount], uint32_t scratch) {
+  uint32_t all = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) all ^= __float_as_uint(values[i]);
+  store_shared(scratch + lane() * 4, all);
+}
+constexpr int kScratchBytes = kWarpSize * 4;
+
 template <int kCount>
 __device__ __forceinline__ void clear(float (&acc)[kCount]) {
 #pragma unroll

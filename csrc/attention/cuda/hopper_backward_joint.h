@@ -20,10 +20,10 @@
 
 namespace llmfast::cuda {
 
-template <int kD_, int kQueries_, int kStages_, bool kOrdered_>
+template <int kD_, int kQueries_, int kStages_, bool kOrdered_, bool kHolds_ = true>
 struct JointLayout {
   static constexpr int kD = kD_, kQueries = kQueries_, kStages = kStages_, kInspectors = 1;
-  static constexpr bool kOrdered = kOrdered_, kDescends = kOrdered;
+  static constexpr bool kOrdered = kOrdered_, kDescends = kOrdered, kHolds = kHolds_;  // as in KeysLayout
   using Own = SlabTile<kOwnRows, kD>;
   using Other = SlabTile<kQueries, kD>;
   using Scores = SlabTile<kOwnRows, kQueries>;  // of keys and queries
@@ -37,7 +37,7 @@ struct JointLayout {
   static constexpr int kPoisonAt = kStatisticsAt + kStages * kStatisticsBytes;
   static constexpr int kBarriersAt = kPoisonAt + kOwnRows * 4, kBarriers = 9 + 3 * kStages;
   static constexpr int kWorkAt = kBarriersAt + 8 * (kBarriers + 1) / 16 * 16, kWorkBytes = 128;
-  static constexpr int kBytes = kWorkAt + kWorkBytes + kSharedAlignment;
+  static constexpr int kScratchAt = kWorkAt + kWorkBytes, kBytes = kScratchAt + kScratchBytes + kSharedAlignment;
   static_assert(kBytes <= 232448 && kSlotRows % kQueries == 0);
 
   char* bytes;
@@ -50,6 +50,7 @@ struct JointLayout {
   __device__ uint32_t share(int warpgroup) const { return base + kSharesAt + warpgroup * kShareBytes; }
   __device__ uint32_t statistics(int stage) const { return base + kStatisticsAt + stage * kStatisticsBytes; }
   __device__ uint32_t poison() const { return base + kPoisonAt; }
+  __device__ uint32_t scratch() const { return base + kScratchAt; }
   __device__ uint32_t barrier(int i) const { return base + kBarriersAt + 8 * i; }
   __device__ uint32_t own() const { return barrier(0); }
   __device__ uint32_t scores_full(int buffer) const { return barrier(1 + buffer); }
@@ -204,10 +205,12 @@ __device__ __forceinline__ void consume_jointly(const AttentionBackwardParams& p
     warpgroup_wait<1>();  // scores
     if (first < full.begin || first + kQueries > full.end) {
       weights_of_scores<Layout, kCapped, true>(scores, kept, statistics, factor, scale, visible, hidden);
+      if (Layout::kHolds) hold(kept, shared.scratch());
       warpgroup_wait<0>();
       gradients_of_scores<T, Layout, kCapped, true>(kept, products, statistics, scale, visible, hidden, weights, gradients);
     } else {
       weights_of_scores<Layout, kCapped, false>(scores, kept, statistics, factor, scale, visible, hidden);
+      if (Layout::kHolds) hold(kept, shared.scratch());
       warpgroup_wait<0>();
       gradients_of_scores<T, Layout, kCapped, false>(kept, products, statistics, scale, visible, hidden, weights, gradients);
     }

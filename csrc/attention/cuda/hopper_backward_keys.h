@@ -71,11 +71,12 @@ struct KeysWork {
 };
 
 // kDrains: a step ends when its sums are done. Otherwise they go on while the next step's scores begin, which takes
-// registers that a kD of 128 or tiles of 128 do not leave.
-template <int kD_, int kQueries_, int kStages_, bool kDrains_ = true>
+// registers that a kD of 128 or tiles of 128 do not leave. kHolds: exponentials are held above the wait for grad_out's
+// products (hold()).
+template <int kD_, int kQueries_, int kStages_, bool kDrains_ = true, bool kHolds_ = true>
 struct KeysLayout : RingLayout<KeysWork, kStages_, 4 * SlabTile<kOwnRows, kD_>::kBytes + kStages_ * kQueries_ *
                                                        (4 * kD_ + static_cast<int>(sizeof(QueryStatistics)))> {
-  static constexpr bool kDrains = kDrains_, kDescends = false;
+  static constexpr bool kDrains = kDrains_, kHolds = kHolds_, kDescends = false;
   static constexpr int kD = kD_, kQueries = kQueries_;
   using Own = SlabTile<kOwnRows, kD>;
   using Other = SlabTile<kQueries, kD>;
@@ -311,11 +312,13 @@ __device__ __forceinline__ void consume_queries(const AttentionBackwardParams& p
       warpgroup_wait<1>();  // scores
       if (changed || first < full.begin || first + kQueries > full.end) {
         weights_of_scores<Layout, kCapped, true>(scores, kept, statistics, factor, scale, visible, hidden);
+        if (Layout::kHolds) hold(kept, shared.scratch());
         warpgroup_wait<0>();
         gradients_of_scores<T, Layout, kCapped, true>(kept, products, statistics, scale, visible, hidden, weights,
                                                       gradients);
       } else {
         weights_of_scores<Layout, kCapped, false>(scores, kept, statistics, factor, scale, visible, hidden);
+        if (Layout::kHolds) hold(kept, shared.scratch());
         warpgroup_wait<0>();
         gradients_of_scores<T, Layout, kCapped, false>(kept, products, statistics, scale, visible, hidden, weights,
                                                        gradients);

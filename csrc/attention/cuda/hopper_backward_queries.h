@@ -55,10 +55,10 @@ struct QueriesWork {
   __device__ Band band(const AttentionParams& p) const { return {sequence.Tq, sequence.Tk, p.left, p.right}; }
 };
 
-template <int kD_, int kKeys_, int kStages_, bool kDrains_ = true>
+template <int kD_, int kKeys_, int kStages_, bool kDrains_ = true, bool kHolds_ = true>
 struct QueriesLayout
     : RingLayout<QueriesWork, kStages_, 3 * SlabTile<kOwnRows, kD_>::kBytes + kStages_ * kKeys_ * (4 * kD_ + 4)> {
-  static constexpr bool kDrains = kDrains_;  // as in KeysLayout
+  static constexpr bool kDrains = kDrains_, kHolds = kHolds_;  // as in KeysLayout
   static constexpr int kD = kD_, kKeys = kKeys_;
   using Own = SlabTile<kOwnRows, kD>;
   using Other = SlabTile<kKeys, kD>;
@@ -265,10 +265,12 @@ __device__ __forceinline__ void consume_keys(const AttentionBackwardParams& p, L
         const auto* const poison =
             reinterpret_cast<const float*>(shared.bytes + (shared.poison(stage) - shared.base)) + my_column;
         weights_of_rows<Layout, kCapped, true>(scores, kept, lse, scale, visible, hidden, poison);
+        if (Layout::kHolds) hold(kept, shared.scratch());
         warpgroup_wait<0>();
         gradients_of_rows<T, Layout, kCapped, true>(kept, products, lse, delta, scale, visible, hidden, gradients);
       } else {
         weights_of_rows<Layout, kCapped, false>(scores, kept, lse, scale, visible, hidden, nullptr);
+        if (Layout::kHolds) hold(kept, shared.scratch());
         warpgroup_wait<0>();
         gradients_of_rows<T, Layout, kCapped, false>(kept, products, lse, delta, scale, visible, hidden, gradients);
       }

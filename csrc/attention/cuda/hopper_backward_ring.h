@@ -48,7 +48,8 @@ template <class Work, int kStages_, int kTileBytes>
 struct RingLayout {
   static constexpr int kStages = kStages_, kInspectors = 3;
   static constexpr int kWorkAt = kTileBytes, kWorkBytes = 128, kStepsAt = kWorkAt + 2 * kWorkBytes;
-  static constexpr int kBarriersAt = kStepsAt + kStages * static_cast<int>(sizeof(RingStep));
+  static constexpr int kScratchAt = kStepsAt + kStages * static_cast<int>(sizeof(RingStep));
+  static constexpr int kBarriersAt = kScratchAt + kScratchBytes;
   static constexpr int kBarriers = 6 + 3 * kStages, kBytes = kBarriersAt + 8 * kBarriers + kSharedAlignment;
   static_assert(kBytes <= 232448 && sizeof(Work) <= kWorkBytes);
 
@@ -56,6 +57,7 @@ struct RingLayout {
   uint32_t base;
   __device__ Work& work(int place) const { return *reinterpret_cast<Work*>(bytes + kWorkAt + place * kWorkBytes); }
   __device__ RingStep& step(int stage) const { return reinterpret_cast<RingStep*>(bytes + kStepsAt)[stage]; }
+  __device__ uint32_t scratch() const { return base + kScratchAt; }
   __device__ uint32_t barrier(int i) const { return base + kBarriersAt + 8 * i; }
   __device__ uint32_t posted(int place) const { return barrier(place); }
   __device__ uint32_t taken(int place) const { return barrier(2 + place); }
