@@ -88,11 +88,17 @@ void launch_rounding(const AttentionBackwardParams& p, const Stream& stream) {
 template <class T, int kD, Scoring kScoring>
 void launch_kernels(const AttentionBackwardParams& p, const Stream& stream) {
   launch_query_statistics<T, kD / 8>(p, stream);
-  if (kScoring == Scoring::masked) launch_mask_classes(p, stream, mask_classes_of(p));
+  if (is_masked(kScoring)) launch_mask_classes(p, stream, mask_classes_of(p));
   constexpr bool kWide = kD == 64 && kScoring == Scoring::plain;
-  constexpr bool kDrains = kD != 64 || kScoring == Scoring::masked;
-  launch_keys<T, KeysLayout<kD, kWide ? 128 : 64, kD == 64 && !kWide ? 4 : 2>, kScoring>(p, stream);
-  launch_queries<T, QueriesLayout<kD, 128, kD == 64 ? 3 : 2, kDrains>, kScoring>(p, stream);
+  constexpr bool kDrains = kD != 64 || is_masked(kScoring);
+  constexpr bool kShort = kD != 64 && kScoring == Scoring::added;  // of registers
+  launch_keys<T,
+              KeysLayout<kD, kWide ? 128 : 64, kD == 64 && !kWide ? 4 : 2, true,
+                         kShort ? Overlap::weights : Overlap::values>,
+              kScoring>(p, stream);
+  launch_queries<
+      T, QueriesLayout<kD, 128, kD == 64 ? 3 : 2, kDrains, kShort ? Overlap::none : Overlap::weights>, kScoring>(p,
+                                                                                                                stream);
 }
 
 template <class T, int kD>
@@ -106,7 +112,8 @@ void launch_one_pass(const AttentionBackwardParams& p, const Stream& stream) {
 template <class T, int kD>
 void launch_backward(const AttentionBackwardParams& p, const Stream& stream) {
   if (in_one_pass(p)) launch_one_pass<T, kD>(p, stream);
-  else if (p.mask.data) launch_kernels<T, kD, Scoring::masked>(p, stream);
+  else if (p.mask.data && p.mask.dtype == DType::boolean) launch_kernels<T, kD, Scoring::hidden>(p, stream);
+  else if (p.mask.data) launch_kernels<T, kD, Scoring::added>(p, stream);
   else if (p.softcap > 0.0f) launch_kernels<T, kD, Scoring::capped>(p, stream);
   else launch_kernels<T, kD, Scoring::plain>(p, stream);
 }
@@ -120,7 +127,7 @@ void backward(const AttentionBackwardParams& p, const Stream& stream) {
 }  // namespace
 
 bool supports_attention_backward_sm90a(const AttentionBackwardParams& p) {
-  if (p.mask.data && (p.softcap > 0.0f || p.scale == 0.0f)) return false;
+  if (p.mask.data && (p.softcap > 0.0f || p.scale == 0.0f || MaskClasses(p).tiles() > kMostBlocks)) return false;
   if (p.D > 128 || p.Dv > 128 || p.D % kChunk != 0 || p.Dv % kChunk != 0) return false;
   if (p.Tq == 0 || p.Tk == 0) return false;
   if (p.B * p.Hq * ((p.Tq > p.Tk ? p.Tq : p.Tk) / kOwnRows + 1) > kMostBlocks) return false;

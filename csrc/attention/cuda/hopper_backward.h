@@ -86,6 +86,18 @@ __device__ __forceinline__ void hold(const float (&values)[kCount], uint32_t scr
 }
 constexpr int kScratchBytes = kWarpSize * 4;
 
+// What runs while the products of a step that need no weights do: nothing that ptxas does not leave there by itself; the
+// weights' exponentials; and, then, grad_v's product under what makes weights gradients.
+enum class Overlap { none, weights, values };
+
+// Four elements of accumulators, of eight columns j, as they go into the fragments of a first operand.
+template <class T, int kFragments>
+__device__ __forceinline__ void pack_quad(uint32_t (&packed)[kFragments][4], int j, const float (&values)[4]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+    packed[j / 2][j % 2 * 2 + half] = pack_pair<T>(values[2 * half], values[2 * half + 1]);
+}
+
 template <int kCount>
 __device__ __forceinline__ void clear(float (&acc)[kCount]) {
 #pragma unroll

@@ -20,10 +20,11 @@
 
 namespace llmfast::cuda {
 
-template <int kD_, int kQueries_, int kStages_, bool kOrdered_, bool kHolds_ = true>
+template <int kD_, int kQueries_, int kStages_, bool kOrdered_, Overlap kOverlap_ = Overlap::values>
 struct JointLayout {
   static constexpr int kD = kD_, kQueries = kQueries_, kStages = kStages_, kInspectors = 1;
-  static constexpr bool kOrdered = kOrdered_, kDescends = kOrdered, kHolds = kHolds_;  // as in KeysLayout
+  static constexpr bool kOrdered = kOrdered_, kDescends = kOrdered;
+  static constexpr Overlap kOverlap = kOverlap_;
   using Own = SlabTile<kOwnRows, kD>;
   using Other = SlabTile<kQueries, kD>;
   using Scores = SlabTile<kOwnRows, kQueries>;  // of keys and queries
@@ -189,11 +190,9 @@ __device__ __forceinline__ void consume_jointly(const AttentionBackwardParams& p
   for (int step = 0; step < steps; ++step) {
     const int stage = place.stage, buffer = step % 2, round = step / 2 % 2;
     const auto queries = shared.queries(stage), grad_out = shared.grad_out(stage);
-    const uint32_t statistics = shared.statistics(stage) + my_column * static_cast<int>(sizeof(QueryStatistics));
     const Span visible[2] = {{mine[0].begin - first - my_column, mine[0].end - first - my_column},
                              {mine[1].begin - first - my_column, mine[1].end - first - my_column}};
-    float scores[kQueries / 2], products[kQueries / 2], kept[kQueries / 2];
-    uint32_t weights[kQueries / 16][4], gradients[kQueries / 16][4];
+    float scores[kQueries / 2], products[kQueries / 2];
     constexpr uint32_t hidden[kQueries / 64] = {};  // by a mask: there is none
     mbarrier_wait(shared.full(stage), place.parity);
     mbarrier_wait(ready + 8 * stage, place.parity);
@@ -202,30 +201,19 @@ __device__ __forceinline__ void consume_jointly(const AttentionBackwardParams& p
     warpgroup_commit();
     start_dots<T>(products, shared.values(), first_row, grad_out);
     warpgroup_commit();
-    warpgroup_wait<1>();  // scores
-    if (first < full.begin || first + kQueries > full.end) {
-      weights_of_scores<Layout, kCapped, true>(scores, kept, statistics, factor, scale, visible, hidden);
-      if (Layout::kHolds) hold(kept, shared.scratch());
-      warpgroup_wait<0>();
-      gradients_of_scores<T, Layout, kCapped, true>(kept, products, statistics, scale, visible, hidden, weights, gradients);
-    } else {
-      weights_of_scores<Layout, kCapped, false>(scores, kept, statistics, factor, scale, visible, hidden);
-      if (Layout::kHolds) hold(kept, shared.scratch());
-      warpgroup_wait<0>();
-      gradients_of_scores<T, Layout, kCapped, false>(kept, products, statistics, scale, visible, hidden, weights, gradients);
-    }
     const auto tile_of_scores = shared.scores(buffer);
-    mbarrier_wait(shared.scores_empty(buffer), round ^ 1);
+    const auto share_gradients = [&](const uint32_t (&gradients)[kQueries / 16][4]) {
+      mbarrier_wait(shared.scores_empty(buffer), round ^ 1);
 #pragma unroll
-    for (int k = 0; k < kQueries / 16; ++k)
-      stmatrix_x4(tile_of_scores.chunk(my_row + lane() % 16, 2 * k + lane() / 16), gradients[k]);
-    fence_async_proxy();
-    __syncwarp();
-    if (lane() == 0) mbarrier_arrive(shared.scores_full(buffer));
-    warpgroup_fence();
-    start_weighted_sum<T>(grad_v, weights, grad_out, step > 0);
-    start_weighted_sum<T>(grad_k, gradients, queries, step > 0);
-    warpgroup_commit();
+      for (int k = 0; k < kQueries / 16; ++k)
+        stmatrix_x4(tile_of_scores.chunk(my_row + lane() % 16, 2 * k + lane() / 16), gradients[k]);
+      fence_async_proxy();
+      __syncwarp();
+      if (lane() == 0) mbarrier_arrive(shared.scores_full(buffer));
+    };
+    const bool hides = first < full.begin || first + kQueries > full.end;
+    add_step<T, kCapped>(shared, stage, hides, scores, products, factor, scale, visible, hidden, step > 0, grad_k,
+                         grad_v, share_gradients);
 
     float sums[32];
     mbarrier_wait(shared.scores_full(buffer), round);

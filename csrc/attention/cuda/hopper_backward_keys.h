@@ -71,12 +71,12 @@ struct KeysWork {
 };
 
 // kDrains: a step ends when its sums are done. Otherwise they go on while the next step's scores begin, which takes
-// registers that a kD of 128 or tiles of 128 do not leave. kHolds: exponentials are held above the wait for grad_out's
-// products (hold()).
-template <int kD_, int kQueries_, int kStages_, bool kDrains_ = true, bool kHolds_ = true>
+// registers that a kD of 128 or tiles of 128 do not leave.
+template <int kD_, int kQueries_, int kStages_, bool kDrains_ = true, Overlap kOverlap_ = Overlap::values>
 struct KeysLayout : RingLayout<KeysWork, kStages_, 4 * SlabTile<kOwnRows, kD_>::kBytes + kStages_ * kQueries_ *
                                                        (4 * kD_ + static_cast<int>(sizeof(QueryStatistics)))> {
-  static constexpr bool kDrains = kDrains_, kHolds = kHolds_, kDescends = false;
+  static constexpr bool kDrains = kDrains_, kDescends = false;
+  static constexpr Overlap kOverlap = kOverlap_;
   static constexpr int kD = kD_, kQueries = kQueries_;
   using Own = SlabTile<kOwnRows, kD>;
   using Other = SlabTile<kQueries, kD>;
@@ -97,7 +97,7 @@ struct KeysLayout : RingLayout<KeysWork, kStages_, 4 * SlabTile<kOwnRows, kD_>::
 // The classes of a head's tiles of queries for the block's keys.
 __device__ inline Classes classes_of_keys(const AttentionParams& p, const KeysWork& w, int head) {
   const MaskClasses c(p);
-  return c.of_keys(mask_classes_of(p), c.plane(w.sequence.index, head), w.first / kOwnRows);
+  return c.of_keys(mask_classes_of(p), c.plane(static_cast<int>(w.sequence.index), head), w.first / kOwnRows);
 }
 
 // Asks for the tiles of queries, in order; note(stage, head, first, class) comes before a tile's copies.
@@ -134,7 +134,7 @@ __device__ int shown_steps(const AttentionParams& p, const KeysWork& w, Layout) 
 #pragma unroll 1
   for (int head = w.kv_head * w.group; head < (w.kv_head + 1) * w.group; ++head) {
     const Classes classes = classes_of_keys(p, w, head);
-#pragma unroll 8
+#pragma unroll 4
     for (int tile = w.first_tile; tile < w.end_tile; ++tile)
       steps += (classes.of_token(tile * Layout::kQueries) & kShows) != 0;
   }
@@ -193,7 +193,8 @@ __device__ __forceinline__ void weights_of_scores(const float (&scores)[Layout::
   }
 }
 
-template <class T, class Layout, bool kCapped, bool kHides>
+// kWeighs: also packs the weights, which with kCapped exist only here.
+template <class T, class Layout, bool kCapped, bool kHides, bool kWeighs>
 __device__ __forceinline__ void gradients_of_scores(const float (&kept)[Layout::kQueries / 2],
                                                     const float (&products)[Layout::kQueries / 2], uint32_t statistics,
                                                     const ScoreScale& scale, const Span (&visible)[2],
@@ -214,12 +215,50 @@ __device__ __forceinline__ void gradients_of_scores(const float (&kept)[Layout::
       if (kCapped) gradients[i] *= fmaf(-before, before, 1.0f);
       if (hides) gradients[i] = 0.0f;
     }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      packed_weights[j / 2][j % 2 * 2 + half] = pack_pair<T>(weights[2 * half], weights[2 * half + 1]);
-      packed_gradients[j / 2][j % 2 * 2 + half] = pack_pair<T>(gradients[2 * half], gradients[2 * half + 1]);
-    }
+    if (kWeighs) pack_quad<T>(packed_weights, j, weights);
+    pack_quad<T>(packed_gradients, j, gradients);
   }
+}
+
+// A step from its products on, which are under way in two groups, scores first, to those of its sums; `hides`: something
+// in the tile is hidden. between(gradients) runs before the last products.
+template <class T, bool kCapped, class Layout, class Between>
+__device__ __forceinline__ void add_step(Layout shared, int stage, bool hides, const float (&scores)[Layout::kQueries / 2],
+                                         const float (&products)[Layout::kQueries / 2], const float (&factor)[2],
+                                         const ScoreScale& scale, const Span (&visible)[2],
+                                         const uint32_t (&hidden)[Layout::kQueries / 64], bool add,
+                                         float (&grad_k)[Layout::kD / 2], float (&grad_v)[Layout::kD / 2],
+                                         const Between& between) {
+  constexpr bool kEarly = Layout::kOverlap == Overlap::values && !kCapped;
+  constexpr bool kHolds = Layout::kOverlap != Overlap::none && !kEarly;
+  const uint32_t statistics =
+      shared.statistics(stage) + lane() % 4 * 2 * static_cast<int>(sizeof(QueryStatistics));
+  float kept[Layout::kQueries / 2];
+  uint32_t weights[Layout::kQueries / 16][4], gradients[Layout::kQueries / 16][4];
+  warpgroup_wait<1>();  // scores
+  if (hides) weights_of_scores<Layout, kCapped, true>(scores, kept, statistics, factor, scale, visible, hidden);
+  else weights_of_scores<Layout, kCapped, false>(scores, kept, statistics, factor, scale, visible, hidden);
+  if (kEarly) {
+#pragma unroll
+    for (int j = 0; j < Layout::kQueries / 8; ++j)
+      pack_quad<T>(weights, j, {kept[4 * j], kept[4 * j + 1], kept[4 * j + 2], kept[4 * j + 3]});
+    warpgroup_fence();
+    start_weighted_sum<T>(grad_v, weights, shared.grad_out(stage), add);
+    warpgroup_commit();
+  }
+  if (kHolds && !hides) hold(kept, shared.scratch());  // tiles that hide something are few, and short of registers
+  warpgroup_wait<kEarly ? 1 : 0>();  // products
+  if (hides)
+    gradients_of_scores<T, Layout, kCapped, true, !kEarly>(kept, products, statistics, scale, visible, hidden, weights,
+                                                           gradients);
+  else
+    gradients_of_scores<T, Layout, kCapped, false, !kEarly>(kept, products, statistics, scale, visible, hidden, weights,
+                                                            gradients);
+  between(gradients);
+  warpgroup_fence();
+  if (!kEarly) start_weighted_sum<T>(grad_v, weights, shared.grad_out(stage), add);
+  start_weighted_sum<T>(grad_k, gradients, shared.queries(stage), add);
+  warpgroup_commit();
 }
 
 // ---- roles ----------------------------------------------------------------------------------------------------------
@@ -248,7 +287,7 @@ __device__ __forceinline__ void produce_queries(const AttentionParams& p, Layout
 template <class T, Scoring kScoring, class Layout>
 __device__ __forceinline__ void consume_queries(const AttentionBackwardParams& p, Layout shared) {
   constexpr int kD = Layout::kD, kQueries = Layout::kQueries;
-  constexpr bool kCapped = kScoring == Scoring::capped, kMasked = kScoring == Scoring::masked;
+  constexpr bool kCapped = kScoring == Scoring::capped, kMasked = is_masked(kScoring);
   static_assert(!kMasked || Layout::kDrains, "scores that a mask starts are written when nothing is under way");
   const int first_row = uniform(thread() / kWarpgroup) * 64, my_row = warp() * 16;  // of the block's
   const int my_column = lane() % 4 * 2;
@@ -281,20 +320,17 @@ __device__ __forceinline__ void consume_queries(const AttentionBackwardParams& p
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
       const int stage = place.stage();
-      const auto queries = shared.queries(stage), grad_out = shared.grad_out(stage);
-      const uint32_t statistics = shared.statistics(stage) + my_column * static_cast<int>(sizeof(QueryStatistics));
-      float scores[kQueries / 2], products[kQueries / 2], kept[kQueries / 2];
-      uint32_t weights[kQueries / 16][4], gradients[kQueries / 16][4];
+      float scores[kQueries / 2], products[kQueries / 2];
       uint32_t hidden[kQueries / 64] = {};  // by the mask
-      bool changed = false, adds = false;
+      bool changed = false;
       mbarrier_wait(shared.full(stage), place.parity());
       if (kMasked) {
         const RingStep& posted = shared.step(stage);
         first = uniform(posted.first), inspects = uniform(posted.inspects), changed = uniform(posted.changed);
         if (changed)
-          adds = read_mask<kQueries>(mask_rows<true>(p, w.sequence.index, uniform(posted.head), w.first + my_row,
-                                                     w.sequence.Tk - 1, w.sequence.Tq),
-                                     first, 1.0f / p.scale, hidden, scores);
+          read_mask<kScoring, kQueries>(mask_rows<true>(p, w.sequence.index, posted.head, w.first + my_row,
+                                                        w.sequence.Tk - 1, w.sequence.Tq),
+                                        first, p.scale, hidden, scores);
       }
       const Span visible[2] = {{mine[0].begin - first, mine[0].end - first},
                                {mine[1].begin - first, mine[1].end - first}};
@@ -303,30 +339,15 @@ __device__ __forceinline__ void consume_queries(const AttentionBackwardParams& p
         inspected_parity ^= 1u << stage;
       }
       warpgroup_fence();
-      start_dots<T>(scores, shared.keys(), first_row, queries, adds);
+      start_dots<T>(scores, shared.keys(), first_row, shared.queries(stage), kScoring == Scoring::added && changed);
       warpgroup_commit();
       warpgroup_wait<1>();  // the sums of the step before: only now there are registers for the products
       if (!Layout::kDrains && lane() == 0 && previous >= 0) mbarrier_arrive(shared.empty(previous));
-      start_dots<T>(products, shared.values(), first_row, grad_out);
+      start_dots<T>(products, shared.values(), first_row, shared.grad_out(stage));
       warpgroup_commit();
-      warpgroup_wait<1>();  // scores
-      if (changed || first < full.begin || first + kQueries > full.end) {
-        weights_of_scores<Layout, kCapped, true>(scores, kept, statistics, factor, scale, visible, hidden);
-        if (Layout::kHolds) hold(kept, shared.scratch());
-        warpgroup_wait<0>();
-        gradients_of_scores<T, Layout, kCapped, true>(kept, products, statistics, scale, visible, hidden, weights,
-                                                      gradients);
-      } else {
-        weights_of_scores<Layout, kCapped, false>(scores, kept, statistics, factor, scale, visible, hidden);
-        if (Layout::kHolds) hold(kept, shared.scratch());
-        warpgroup_wait<0>();
-        gradients_of_scores<T, Layout, kCapped, false>(kept, products, statistics, scale, visible, hidden, weights,
-                                                       gradients);
-      }
-      warpgroup_fence();
-      start_weighted_sum<T>(grad_v, weights, grad_out, step > 0);
-      start_weighted_sum<T>(grad_k, gradients, queries, step > 0);
-      warpgroup_commit();
+      const bool hides = changed || first < full.begin || first + kQueries > full.end;
+      add_step<T, kCapped>(shared, stage, hides, scores, products, factor, scale, visible, hidden, step > 0, grad_k,
+                           grad_v, [](const auto&) {});
       if (Layout::kDrains) {
         warpgroup_wait<0>();
         if (lane() == 0) mbarrier_arrive(shared.empty(stage));
@@ -375,7 +396,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     if (worker > 0)
       inspect_tiles(shared, [&](int stage) { clear_absent_queries(shared, stage, worker - 1); });
     else if (lane() == 0)
-      produce_queries<kScoring == Scoring::masked>(p, shared, counted ? counters_of(p) : nullptr, tiles, &k_map, &v_map,
+      produce_queries<is_masked(kScoring)>(p, shared, counted ? counters_of(p) : nullptr, tiles, &k_map, &v_map,
                                                    &q_map, &grad_out_map);
   } else {
     registers_grow<kConsumerRegisters>();

@@ -7,6 +7,11 @@
 
 namespace llmfast::cuda {
 
+// What becomes of products before they are weights: only the scale; a softcap; a boolean mask hides some; a floating one
+// is added.
+enum class Scoring { plain, capped, hidden, added };
+__host__ __device__ constexpr bool is_masked(Scoring scoring) { return scoring == Scoring::hidden || scoring == Scoring::added; }
+
 __device__ inline bool hides(bool visible) { return !visible; }
 __device__ inline bool hides(float value) { return value < kHiddenBelow; }
 __device__ inline bool changes(bool visible) { return !visible; }
@@ -39,7 +44,7 @@ __global__ void __launch_bounds__(kClassThreads) classify_mask_kernel(const Atte
   const MaskClasses c(p);
   const int key_tile = static_cast<int>(blockIdx.x % c.key_tiles);
   const int query_tile = static_cast<int>(blockIdx.x / c.key_tiles % c.query_tiles);
-  const int64_t plane = blockIdx.x / (int64_t{c.key_tiles} * c.query_tiles);
+  const int plane = static_cast<int>(blockIdx.x) / (c.key_tiles * c.query_tiles);
   const int first_query = query_tile * kClassRows, first_key = key_tile * kClassRows;
   const int Tq = p.mask.query_stride ? static_cast<int>(p.Tq) : 1, Tk = static_cast<int>(p.Tk);
   const int queries = Tq - first_query < kClassRows ? Tq - first_query : kClassRows;
@@ -70,9 +75,10 @@ inline void launch_mask_classes(const AttentionParams& p, const Stream& stream, 
 // Where the mask adds, `start` gets what the products are to be added to: mask / scale, which the scale then makes the
 // mask again, and 0 where it hides. Columns that do not exist stay visible, with 0.
 template <class M, int kColumns>
-__device__ __forceinline__ void read_mask(const MaskRows& mask, int first_column, float inverse_scale,
+__device__ __forceinline__ void read_mask(const MaskRows& mask, int first_column, float scale,
                                           uint32_t (&hidden)[kColumns / 64], float (&start)[kColumns / 2]) {
   const int column = first_column + lane() % 4 * 2;
+  const float inverse_scale = 1.0f / scale;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const char* at = mask.row[half] + column * mask.column_stride;
@@ -90,17 +96,18 @@ __device__ __forceinline__ void read_mask(const MaskRows& mask, int first_column
   }
 }
 
-// True: the mask adds.
-template <int kColumns>
-__device__ __forceinline__ bool read_mask(const MaskRows& mask, int first_column, float inverse_scale,
+template <Scoring kScoring, int kColumns>
+__device__ __forceinline__ void read_mask(const MaskRows& mask, int first_column, float scale,
                                           uint32_t (&hidden)[kColumns / 64], float (&start)[kColumns / 2]) {
-  switch (mask.dtype) {
-    case DType::boolean: return read_mask<uint8_t, kColumns>(mask, first_column, inverse_scale, hidden, start), false;
-    case DType::bf16: read_mask<bf16, kColumns>(mask, first_column, inverse_scale, hidden, start); break;
-    case DType::f16: read_mask<fp16, kColumns>(mask, first_column, inverse_scale, hidden, start); break;
-    default: read_mask<float, kColumns>(mask, first_column, inverse_scale, hidden, start);
+  if constexpr (kScoring == Scoring::hidden) {
+    read_mask<uint8_t, kColumns>(mask, first_column, scale, hidden, start);
+  } else {
+    switch (mask.dtype) {
+      case DType::bf16: return read_mask<bf16, kColumns>(mask, first_column, scale, hidden, start);
+      case DType::f16: return read_mask<fp16, kColumns>(mask, first_column, scale, hidden, start);
+      default: return read_mask<float, kColumns>(mask, first_column, scale, hidden, start);
+    }
   }
-  return true;
 }
 
 // Whether element `i` of those accumulators is hidden: by the mask, or because its column, counted from the thread's

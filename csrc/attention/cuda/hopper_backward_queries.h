@@ -55,10 +55,11 @@ struct QueriesWork {
   __device__ Band band(const AttentionParams& p) const { return {sequence.Tq, sequence.Tk, p.left, p.right}; }
 };
 
-template <int kD_, int kKeys_, int kStages_, bool kDrains_ = true, bool kHolds_ = true>
+template <int kD_, int kKeys_, int kStages_, bool kDrains_ = true, Overlap kOverlap_ = Overlap::weights>
 struct QueriesLayout
     : RingLayout<QueriesWork, kStages_, 3 * SlabTile<kOwnRows, kD_>::kBytes + kStages_ * kKeys_ * (4 * kD_ + 4)> {
-  static constexpr bool kDrains = kDrains_, kHolds = kHolds_;  // as in KeysLayout
+  static constexpr bool kDrains = kDrains_;  // as in KeysLayout
+  static constexpr Overlap kOverlap = kOverlap_;
   static constexpr int kD = kD_, kKeys = kKeys_;
   using Own = SlabTile<kOwnRows, kD>;
   using Other = SlabTile<kKeys, kD>;
@@ -78,7 +79,7 @@ struct QueriesLayout
 // The classes of the tiles of keys for the block's queries.
 __device__ inline Classes classes_of_queries(const AttentionParams& p, const QueriesWork& w) {
   const MaskClasses c(p);
-  return c.of_queries(mask_classes_of(p), c.plane(w.sequence.index, w.head), w.first / kOwnRows);
+  return c.of_queries(mask_classes_of(p), c.plane(static_cast<int>(w.sequence.index), w.head), w.first / kOwnRows);
 }
 
 // A key that holds NaN or infinity becomes zeros, so that it does not spoil the sums of queries that do not see it; the
@@ -141,9 +142,7 @@ __device__ __forceinline__ void gradients_of_rows(const float (&kept)[Layout::kK
       if (kCapped) gradients[i] *= fmaf(-before, before, 1.0f);
       if (kHides && is_hidden(hidden, visible[i / 2], 4 * j + i)) gradients[i] = 0.0f;
     }
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-      packed[j / 2][j % 2 * 2 + half] = pack_pair<T>(gradients[2 * half], gradients[2 * half + 1]);
+    pack_quad<T>(packed, j, gradients);
   }
 }
 
@@ -184,7 +183,7 @@ __device__ __forceinline__ void produce_keys(const AttentionParams& p, Layout sh
     if (!kMasked) return w;
     const Classes classes = classes_of_queries(p, w);
     w.steps = 0;
-#pragma unroll 8
+#pragma unroll 4
     for (int tile = w.first_tile; tile < w.end_tile; ++tile)
       w.steps += (classes.of_token(tile * Layout::kKeys) & kShows) != 0;
     return w;
@@ -198,7 +197,7 @@ __device__ __forceinline__ void produce_keys(const AttentionParams& p, Layout sh
 template <class T, Scoring kScoring, class Layout>
 __device__ __forceinline__ void consume_keys(const AttentionBackwardParams& p, Layout shared) {
   constexpr int kD = Layout::kD, kKeys = Layout::kKeys;
-  constexpr bool kCapped = kScoring == Scoring::capped, kMasked = kScoring == Scoring::masked;
+  constexpr bool kCapped = kScoring == Scoring::capped, kMasked = is_masked(kScoring);
   static_assert(!kMasked || Layout::kDrains, "scores that a mask starts are written when nothing is under way");
   const int first_row = uniform(thread() / kWarpgroup) * 64, my_row = warp() * 16;  // of the block's
   const int my_column = lane() % 4 * 2;
@@ -236,15 +235,15 @@ __device__ __forceinline__ void consume_keys(const AttentionBackwardParams& p, L
       float scores[kKeys / 2], products[kKeys / 2], kept[kKeys / 2];
       uint32_t gradients[kKeys / 16][4];
       uint32_t hidden[kKeys / 64] = {};  // by the mask
-      bool changed = false, adds = false;
+      bool changed = false;
       mbarrier_wait(shared.full(stage), place.parity());
       if (kMasked) {
         const RingStep& posted = shared.step(stage);
         first = uniform(posted.first), changed = uniform(posted.changed);
         if (changed)
-          adds = read_mask<kKeys>(mask_rows<false>(p, w.sequence.index, w.head, w.first + my_row, w.sequence.Tq - 1,
-                                                   w.sequence.Tk),
-                                  first, 1.0f / p.scale, hidden, scores);
+          read_mask<kScoring, kKeys>(mask_rows<false>(p, w.sequence.index, w.head, w.first + my_row, w.sequence.Tq - 1,
+                                                      w.sequence.Tk),
+                                     first, p.scale, hidden, scores);
       }
       const Span visible[2] = {{mine[0].begin - first, mine[0].end - first},
                                {mine[1].begin - first, mine[1].end - first}};
@@ -254,7 +253,7 @@ __device__ __forceinline__ void consume_keys(const AttentionBackwardParams& p, L
         inspected_parity ^= 1u << stage;
       }
       warpgroup_fence();
-      start_dots<T>(scores, shared.queries(), first_row, keys, adds);
+      start_dots<T>(scores, shared.queries(), first_row, keys, kScoring == Scoring::added && changed);
       warpgroup_commit();
       warpgroup_wait<1>();  // the sums of the step before
       if (!Layout::kDrains && lane() == 0 && previous >= 0) mbarrier_arrive(shared.empty(previous));
@@ -265,12 +264,11 @@ __device__ __forceinline__ void consume_keys(const AttentionBackwardParams& p, L
         const auto* const poison =
             reinterpret_cast<const float*>(shared.bytes + (shared.poison(stage) - shared.base)) + my_column;
         weights_of_rows<Layout, kCapped, true>(scores, kept, lse, scale, visible, hidden, poison);
-        if (Layout::kHolds) hold(kept, shared.scratch());
         warpgroup_wait<0>();
         gradients_of_rows<T, Layout, kCapped, true>(kept, products, lse, delta, scale, visible, hidden, gradients);
       } else {
         weights_of_rows<Layout, kCapped, false>(scores, kept, lse, scale, visible, hidden, nullptr);
-        if (Layout::kHolds) hold(kept, shared.scratch());
+        if (Layout::kOverlap != Overlap::none) hold(kept, shared.scratch());
         warpgroup_wait<0>();
         gradients_of_rows<T, Layout, kCapped, false>(kept, products, lse, delta, scale, visible, hidden, gradients);
       }
@@ -320,7 +318,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     if (worker > 0)
       inspect_tiles(shared, [&](int stage) { clear_bad_keys<T>(shared, stage, worker - 1); });
     else if (lane() == 0)
-      produce_keys<kScoring == Scoring::masked>(p, shared, counted ? counters_of(p) + 1 : nullptr, tiles, &k_map, &v_map,
+      produce_keys<is_masked(kScoring)>(p, shared, counted ? counters_of(p) + 1 : nullptr, tiles, &k_map, &v_map,
                                                 &q_map, &grad_out_map);
   } else {
     registers_grow<kConsumerRegisters>();

@@ -9,9 +9,6 @@
 
 namespace llmfast::cuda {
 
-// What becomes of products before they are weights: only the scale; a softcap; a mask tensor.
-enum class Scoring { plain, capped, masked };
-
 // A tile of the ring, posted with it.
 struct alignas(16) RingStep {
   int first, head;  // its first token, and of which query head

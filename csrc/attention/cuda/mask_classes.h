@@ -24,29 +24,30 @@ struct Classes {
   __host__ __device__ uint8_t of_token(int token) const { return first ? first[token / kClassRows * step] : kShows; }
 };
 
+// Planes of the mask, and tiles of each: fewer than 2^31 in all.
 struct MaskClasses {
-  int64_t sequences, heads;   // that differ
+  int sequences, heads;        // that differ
   int query_tiles, key_tiles;  // the former 1 if all queries are alike
 
   __host__ __device__ explicit MaskClasses(const AttentionParams& p)
-      : sequences(p.mask.sequence_stride ? p.B : 1),
-        heads(p.mask.head_stride ? p.Hq : 1),
+      : sequences(p.mask.sequence_stride ? static_cast<int>(p.B) : 1),
+        heads(p.mask.head_stride ? static_cast<int>(p.Hq) : 1),
         query_tiles(p.mask.query_stride ? static_cast<int>((p.Tq + kClassRows - 1) / kClassRows) : 1),
         key_tiles(static_cast<int>((p.Tk + kClassRows - 1) / kClassRows)) {}
-  __host__ __device__ int64_t tiles() const { return sequences * heads * query_tiles * key_tiles; }
+  __host__ __device__ int64_t tiles() const { return int64_t{sequences} * heads * query_tiles * key_tiles; }
   int64_t floats() const { return (2 * tiles() + 3) / 4; }
 
-  __host__ __device__ int64_t plane(int64_t sequence, int64_t head) const {
+  __host__ __device__ int plane(int sequence, int head) const {
     return (sequences > 1 ? sequence : 0) * heads + (heads > 1 ? head : 0);
   }
   // Of a tile of keys by tiles of queries, of which there may be one for all; and of a tile of queries by tiles of keys.
-  __host__ __device__ Classes of_keys(const uint8_t* all, int64_t plane, int key_tile) const {
+  __host__ __device__ Classes of_keys(const uint8_t* all, int plane, int key_tile) const {
     return {all + (plane * key_tiles + key_tile) * query_tiles, query_tiles > 1 ? 1 : 0};
   }
-  __host__ __device__ Classes of_queries(const uint8_t* all, int64_t plane, int query_tile) const {
+  __host__ __device__ Classes of_queries(const uint8_t* all, int plane, int query_tile) const {
     return {all + tiles() + (plane * query_tiles + (query_tiles > 1 ? query_tile : 0)) * key_tiles, 1};
   }
-  __host__ __device__ void note(uint8_t* all, int64_t plane, int query_tile, int key_tile, uint8_t found) const {
+  __host__ __device__ void note(uint8_t* all, int plane, int query_tile, int key_tile, uint8_t found) const {
     all[(plane * key_tiles + key_tile) * query_tiles + query_tile] = found;
     all[tiles() + (plane * query_tiles + query_tile) * key_tiles + key_tile] = found;
   }
