@@ -245,7 +245,12 @@ def test_tiles_that_a_mask_hides_cost_nothing(hopper):
     tensors = make(2, 2, 1, T, T, D, dtype=BF16)
     pads = padding(2, T, 512, 200)
     causal = torch.ones(T, T, dtype=torch.bool).tril()
-    full = {"padding": (4 + 2) * 4, "causal": 10 + 7, "bias": 10 + 10, "nothing": 0}  # tiles of 128 x 128 of two sequences
+    full = {
+        "padding": (4 + 2) * 4,
+        "causal": 10 + 7,
+        "bias": 10 + 10,
+        "nothing": 0,
+    }  # tiles of 128 x 128 of two sequences
     given = {
         "padding": pads,
         "causal": causal & pads,

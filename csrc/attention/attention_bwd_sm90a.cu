@@ -1,22 +1,29 @@
-// Masked attention, backward, on Hopper's warpgroup products (bf16, fp16; head dims up to 128, no mask tensor); see
-// attention.h for the formula.
+// Masked attention, backward, on Hopper's warpgroup products (bf16, fp16; head dims up to 128); see attention.h for the
+// formula.
 //
 // After a small kernel that computes each row's lse and delta it goes one of two ways, both bitwise deterministic:
 // - as on sm_80 two kernels: the keys' sums grad_k and grad_v (cuda/hopper_backward_keys.h), the queries' grad_q
 //   (cuda/hopper_backward_queries.h). Each sum belongs to one warpgroup and runs in the order of the tiles: nothing is
 //   shared, at the price of seven products instead of five;
-// - where many queries see a key (cuda/one_pass.h: one_pass_from), without softcap and packed sequences, those five in
-//   one kernel (cuda/hopper_backward_joint.h), which adds grad_q up in memory in a fixed order, and a kernel that
-//   rounds it.
+// - where many queries see a key (cuda/one_pass.h: one_pass_from), without softcap, mask tensor and packed sequences,
+//   those five in one kernel (cuda/hopper_backward_joint.h), which adds grad_q up in memory in a fixed order, and a kernel
+//   that rounds it.
+// A mask tensor of any strides, boolean or floating, goes with the two kernels (not beside a softcap): another small
+// kernel finds the tiles that it hides, which are left out, and those that it does not touch, which cost nothing more
+// (cuda/mask_classes.h). The others read it element by element, before their products: a bit for what is hidden, and
+// what is added is where the products start.
 //
-// Registers (nvcc 13.0.88; the highest in the SASS, of 232 that consumers have) and bytes spilled, stores and loads,
-// for kD 64 and 128: keys 226, 68 and 229, 144, of which 3 words a step; queries 215, 0 and 229, 16, none in the loop;
-// one pass 227, 0 and 229, 96, of which 7 words a step. With softcap: keys 68 and 188 bytes (kD 64 with tiles of 64
-// queries: 128 would spill 396), queries 0 and 88. No product is serialised.
+// Within a warpgroup the exponentials run under grad_out's products, and grad_v's product under what makes weights
+// gradients (Overlap in cuda/hopper_backward.h). Registers of consumers: 229 of 232 at most. Bytes spilled, stores and
+// loads (nvcc 13.0.88), kD 64 and 128: keys 200, a dozen words a step of 128 queries, and 136, none in the loop; queries
+// 0 and 24, none in the loop; one pass 168 and 96. With softcap: keys 68 and 204, queries 0 and 80. With a boolean mask:
+// keys 396 and 520, queries 156 and 364; with a floating one 396 and 916, 224 and 648: the producer's, and in tiles that
+// read it. No product is serialised.
 //
 // Measured, 2026-11-26, H100 80GB HBM3, benchmarks/native/hopper_attention_backward time, TFLOP/s of five products,
-// causal, 16 heads, D 128, before blocks took one tile after another: two kernels 370, 431, 431, 460 at 2k, 4k, 8k, 16k;
-// one pass in any order, with zeroing and rounding, 422 and 536 at 4k and 16k. In turns: not measured yet.
+// causal, 16 heads, D 128, before blocks took one tile after another, and before Overlap: two kernels 370, 431, 431, 460
+// at 2k, 4k, 8k, 16k; one pass in any order, with zeroing and rounding, 422 and 536 at 4k and 16k. With a mask tensor: not
+// measured yet.
 #include "attention/attention_cuda.h"
 #include "attention/cuda/hopper_backward_joint.h"
 #include "attention/cuda/hopper_backward_keys.h"

@@ -9,6 +9,8 @@
 
 namespace llmfast::cuda {
 
+static_assert(kClassRows == kOwnRows, "a block's rows are one class of tiles");
+
 // A tile of the ring, posted with it.
 struct alignas(16) RingStep {
   int first, head;  // its first token, and of which query head
