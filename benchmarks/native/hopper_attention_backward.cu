@@ -216,7 +216,7 @@ Variant queries_variant(const char* name) {
   return {name, Layout::kD, launch_queries<bf16, Layout, Scoring::plain, kCounted>,
           launch_queries<bf16, Layout, Scoring::capped, kCounted>};
 }
-// Rows of the other side's tiles x stages; +: does not drain; 1: a block a tile; before: no Overlap, exp: of weights.
+// Rows of the other side's tiles x stages; +: does not drain; before: no Overlap, exp: of weights.
 constexpr Overlap kNone = Overlap::none, kExp = Overlap::weights;
 const std::vector<Variant> kKeys = {
     keys_variant<KeysLayout<128, 64, 2>>("keys 64 x 2"),
@@ -229,9 +229,11 @@ const std::vector<Variant> kKeys = {
     keys_variant<KeysLayout<64, 64, 4, false>>("keys 64 x 4 +")};
 const std::vector<Variant> kQueries = {
     queries_variant<QueriesLayout<128, 128, 2>>("queries 128 x 2"),
+    queries_variant<QueriesLayout<128, 128, 2, true, kExp>>("queries 128 x 2, exp"),
     queries_variant<QueriesLayout<128, 128, 2, true, kNone>>("queries 128 x 2, before"),
     queries_variant<QueriesLayout<128, 64, 3, false>>("queries 64 x 3 +"),
     queries_variant<QueriesLayout<64, 128, 3, false>>("queries 128 x 3 +"),
+    queries_variant<QueriesLayout<64, 128, 3, false, kExp>>("queries 128 x 3 +, exp"),
     queries_variant<QueriesLayout<64, 128, 3, false, kNone>>("queries 128 x 3 +, before"),
     queries_variant<QueriesLayout<64, 128, 3>>("queries 128 x 3")};
 
@@ -600,14 +602,15 @@ void time(const Case& c) {
     print_way("sm_80's kernels", milliseconds([&] { attention_backward_sm80(problem.p, kStream); }), product);
     return;
   }
-  print_way("two kernels, before", milliseconds([&] {
-              run_statistics(problem.p, padded(c.D));
-              for (const bool of_keys : {true, false})
-                for (const Variant& v : of_keys ? kKeys : kQueries)
-                  if (v.kD == padded(c.D) && std::string(v.name).find("before") != std::string::npos)
-                    run_variant(v, problem.p);
-            }),
-            product);
+  for (const char* way : {", exp", ", before"})
+    print_way((std::string("two kernels") + way).c_str(), milliseconds([&] {
+                run_statistics(problem.p, padded(c.D));
+                for (const auto* variants : {&kKeys, &kQueries})
+                  for (const Variant& v : *variants)
+                    if (v.kD == padded(c.D) && std::string(v.name).find(way) != std::string::npos)
+                      run_variant(v, problem.p);
+              }),
+              product);
   for (const Variant& v : kJoint) {
     if (v.kD != padded(c.D)) continue;
     problem.spoil_results();

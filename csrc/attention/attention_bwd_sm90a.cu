@@ -99,13 +99,11 @@ void launch_kernels(const AttentionBackwardParams& p, const Stream& stream) {
   constexpr bool kWide = kD == 64 && kScoring == Scoring::plain;
   constexpr bool kDrains = kD != 64 || is_masked(kScoring);
   constexpr bool kShort = kD != 64 && kScoring == Scoring::added;  // of registers
-  launch_keys<T,
-              KeysLayout<kD, kWide ? 128 : 64, kD == 64 && !kWide ? 4 : 2, true,
-                         kShort ? Overlap::weights : Overlap::values>,
-              kScoring>(p, stream);
-  launch_queries<
-      T, QueriesLayout<kD, 128, kD == 64 ? 3 : 2, kDrains, kShort ? Overlap::none : Overlap::weights>, kScoring>(p,
-                                                                                                                stream);
+  using Keys = KeysLayout<kD, kWide ? 128 : 64, kD == 64 && !kWide ? 4 : 2, true,
+                          kShort ? Overlap::weights : Overlap::sums>;
+  using Queries = QueriesLayout<kD, kShort ? 64 : 128, kD == 64 || kShort ? 3 : 2, kDrains>;
+  launch_keys<T, Keys, kScoring>(p, stream);
+  launch_queries<T, Queries, kScoring>(p, stream);
 }
 
 template <class T, int kD>

@@ -66,12 +66,13 @@ __device__ __forceinline__ void start_dots(float (&acc)[B::kRows / 2], A a, int 
     warpgroup_product<B::kRows, T, Major::k, Major::k>(acc, a.by_rows(first_row, k), b.by_rows(0, k), add || k > 0);
 }
 
-// acc[64][B::kD] += weights[64][B::kRows] b; the weights are fragments.
-template <class T, class B>
+// acc[64][B::kD] += weights[64][B::kRows] b, of part kPart of kParts of b's rows; the weights are fragments.
+template <class T, int kPart = 0, int kParts = 1, class B>
 __device__ __forceinline__ void start_weighted_sum(float (&acc)[B::kD / 2], const uint32_t (&weights)[B::kRows / 16][4],
                                                    B b, bool add) {
+  constexpr int kDepths = B::kRows / 16 / kParts;
 #pragma unroll
-  for (int k = 0; k < B::kRows / 16; ++k)
+  for (int k = kPart * kDepths; k < (kPart + 1) * kDepths; ++k)
     warpgroup_product<B::kD, T, Major::mn>(acc, weights[k], b.by_columns(k), add || k > 0);
 }
 
@@ -86,9 +87,9 @@ __device__ __forceinline__ void hold(const float (&values)[kCount], uint32_t scr
 }
 constexpr int kScratchBytes = kWarpSize * 4;
 
-// What runs while the products of a step that need no weights do: nothing that ptxas does not leave there by itself; the
-// weights' exponentials; and, then, grad_v's product under what makes weights gradients.
-enum class Overlap { none, weights, values };
+// What a step overlaps within its warpgroup: nothing but what ptxas leaves so; the weights' exponentials and the products
+// that gradients need besides; and, also, the first of the sums' products and what makes gradients.
+enum class Overlap { none, weights, sums };
 
 // Four elements of accumulators, of eight columns j, as they go into the fragments of a first operand.
 template <class T, int kFragments>

@@ -20,7 +20,7 @@
 
 namespace llmfast::cuda {
 
-template <int kD_, int kQueries_, int kStages_, bool kOrdered_, Overlap kOverlap_ = Overlap::values>
+template <int kD_, int kQueries_, int kStages_, bool kOrdered_, Overlap kOverlap_ = Overlap::sums>
 struct JointLayout {
   static constexpr int kD = kD_, kQueries = kQueries_, kStages = kStages_, kInspectors = 1;
   static constexpr bool kOrdered = kOrdered_, kDescends = kOrdered;

@@ -73,7 +73,7 @@ struct KeysWork {
 
 // kDrains: a step ends when its sums are done. Otherwise they go on while the next step's scores begin, which takes
 // registers that a kD of 128 or tiles of 128 do not leave.
-template <int kD_, int kQueries_, int kStages_, bool kDrains_ = true, Overlap kOverlap_ = Overlap::values>
+template <int kD_, int kQueries_, int kStages_, bool kDrains_ = true, Overlap kOverlap_ = Overlap::sums>
 struct KeysLayout : RingLayout<KeysWork, kStages_, 4 * SlabTile<kOwnRows, kD_>::kBytes + kStages_ * kQueries_ *
                                                        (4 * kD_ + static_cast<int>(sizeof(QueryStatistics)))> {
   static constexpr bool kDrains = kDrains_, kDescends = false;

@@ -10,6 +10,8 @@
 // on its way out. Tiles that hide something are inspected for keys that hold NaN or infinity. With a mask tensor tiles of
 // keys that it hides from all the block's queries are left out, and those that it changes read it element by element.
 #pragma once
+#include <type_traits>
+
 #include "attention/cuda/hopper_backward_ring.h"
 
 namespace llmfast::cuda {
@@ -55,7 +57,7 @@ struct QueriesWork {
   __device__ Band band(const AttentionParams& p) const { return {sequence.Tq, sequence.Tk, p.left, p.right}; }
 };
 
-template <int kD_, int kKeys_, int kStages_, bool kDrains_ = true, Overlap kOverlap_ = Overlap::weights>
+template <int kD_, int kKeys_, int kStages_, bool kDrains_ = true, Overlap kOverlap_ = Overlap::sums>
 struct QueriesLayout
     : RingLayout<QueriesWork, kStages_, 3 * SlabTile<kOwnRows, kD_>::kBytes + kStages_ * kKeys_ * (4 * kD_ + 4)> {
   static constexpr bool kDrains = kDrains_;  // as in KeysLayout
@@ -124,15 +126,17 @@ __device__ __forceinline__ void weights_of_rows(const float (&scores)[Layout::kK
     }
 }
 
-template <class T, class Layout, bool kCapped, bool kHides>
+// Of part kPart of kParts of the columns.
+template <class T, class Layout, bool kCapped, bool kHides, int kPart, int kParts>
 __device__ __forceinline__ void gradients_of_rows(const float (&kept)[Layout::kKeys / 2],
                                                   const float (&products)[Layout::kKeys / 2], const float (&lse)[2],
                                                   const float (&delta)[2], const ScoreScale& scale,
                                                   const Span (&visible)[2],
                                                   const uint32_t (&hidden)[Layout::kKeys / 64],
                                                   uint32_t (&packed)[Layout::kKeys / 16][4]) {
+  constexpr int kColumns = Layout::kKeys / 8 / kParts;
 #pragma unroll
-  for (int j = 0; j < Layout::kKeys / 8; ++j) {
+  for (int j = kPart * kColumns; j < (kPart + 1) * kColumns; ++j) {
     float gradients[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -144,6 +148,43 @@ __device__ __forceinline__ void gradients_of_rows(const float (&kept)[Layout::kK
     }
     pack_quad<T>(packed, j, gradients);
   }
+}
+
+// A step from its products on, which are under way in two groups, scores first, to those of its sums; `hides`: something
+// in the tile is hidden. The sums' products of the first half of the keys run under the gradients of the second.
+template <class T, bool kCapped, class Layout>
+__device__ __forceinline__ void add_step(Layout shared, int stage, bool hides, const float (&scores)[Layout::kKeys / 2],
+                                         const float (&products)[Layout::kKeys / 2], const float (&lse)[2],
+                                         const float (&delta)[2], const ScoreScale& scale, const Span (&visible)[2],
+                                         const uint32_t (&hidden)[Layout::kKeys / 64], bool add,
+                                         float (&grad_q)[Layout::kD / 2]) {
+  constexpr int kParts = Layout::kOverlap == Overlap::sums ? 2 : 1;
+  const auto* const poison =
+      reinterpret_cast<const float*>(shared.bytes + (shared.poison(stage) - shared.base)) + lane() % 4 * 2;
+  float kept[Layout::kKeys / 2];
+  uint32_t gradients[Layout::kKeys / 16][4];
+  warpgroup_wait<1>();  // scores
+  if (hides) {
+    weights_of_rows<Layout, kCapped, true>(scores, kept, lse, scale, visible, hidden, poison);
+  } else {
+    weights_of_rows<Layout, kCapped, false>(scores, kept, lse, scale, visible, hidden, nullptr);
+    if (Layout::kOverlap != Overlap::none) hold(kept, shared.scratch());
+  }
+  warpgroup_wait<0>();  // products
+  const auto add_part = [&](auto part) {
+    constexpr int kPart = decltype(part)::value;
+    if (hides)
+      gradients_of_rows<T, Layout, kCapped, true, kPart, kParts>(kept, products, lse, delta, scale, visible, hidden,
+                                                                 gradients);
+    else
+      gradients_of_rows<T, Layout, kCapped, false, kPart, kParts>(kept, products, lse, delta, scale, visible, hidden,
+                                                                  gradients);
+    warpgroup_fence();
+    start_weighted_sum<T, kPart, kParts>(grad_q, gradients, shared.keys(stage), add);
+  };
+  add_part(std::integral_constant<int, 0>());
+  if constexpr (kParts > 1) add_part(std::integral_constant<int, 1>());
+  warpgroup_commit();
 }
 
 // ---- roles ----------------------------------------------------------------------------------------------------------
@@ -231,9 +272,7 @@ __device__ __forceinline__ void consume_keys(const AttentionBackwardParams& p, L
 #pragma unroll 1
     for (int step = 0; step < steps; ++step, first += kKeys) {
       const int stage = place.stage();
-      const auto keys = shared.keys(stage), values = shared.values(stage);
-      float scores[kKeys / 2], products[kKeys / 2], kept[kKeys / 2];
-      uint32_t gradients[kKeys / 16][4];
+      float scores[kKeys / 2], products[kKeys / 2];
       uint32_t hidden[kKeys / 64] = {};  // by the mask
       bool changed = false;
       mbarrier_wait(shared.full(stage), place.parity());
@@ -253,28 +292,13 @@ __device__ __forceinline__ void consume_keys(const AttentionBackwardParams& p, L
         inspected_parity ^= 1u << stage;
       }
       warpgroup_fence();
-      start_dots<T>(scores, shared.queries(), first_row, keys, kScoring == Scoring::added && changed);
+      start_dots<T>(scores, shared.queries(), first_row, shared.keys(stage), kScoring == Scoring::added && changed);
       warpgroup_commit();
       warpgroup_wait<1>();  // the sums of the step before
       if (!Layout::kDrains && lane() == 0 && previous >= 0) mbarrier_arrive(shared.empty(previous));
-      start_dots<T>(products, shared.grad_out(), first_row, values);
+      start_dots<T>(products, shared.grad_out(), first_row, shared.values(stage));
       warpgroup_commit();
-      warpgroup_wait<1>();  // scores
-      if (hides) {
-        const auto* const poison =
-            reinterpret_cast<const float*>(shared.bytes + (shared.poison(stage) - shared.base)) + my_column;
-        weights_of_rows<Layout, kCapped, true>(scores, kept, lse, scale, visible, hidden, poison);
-        warpgroup_wait<0>();
-        gradients_of_rows<T, Layout, kCapped, true>(kept, products, lse, delta, scale, visible, hidden, gradients);
-      } else {
-        weights_of_rows<Layout, kCapped, false>(scores, kept, lse, scale, visible, hidden, nullptr);
-        if (Layout::kOverlap != Overlap::none) hold(kept, shared.scratch());
-        warpgroup_wait<0>();
-        gradients_of_rows<T, Layout, kCapped, false>(kept, products, lse, delta, scale, visible, hidden, gradients);
-      }
-      warpgroup_fence();
-      start_weighted_sum<T>(grad_q, gradients, keys, step > 0);
-      warpgroup_commit();
+      add_step<T, kCapped>(shared, stage, hides, scores, products, lse, delta, scale, visible, hidden, step > 0, grad_q);
       if (Layout::kDrains) {
         warpgroup_wait<0>();
         if (lane() == 0) mbarrier_arrive(shared.empty(stage));

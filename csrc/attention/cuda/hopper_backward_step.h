@@ -71,7 +71,7 @@ __device__ __forceinline__ void add_step(Layout shared, int stage, bool hides,
                                          const uint32_t (&hidden)[Layout::kQueries / 64], bool add,
                                          float (&grad_k)[Layout::kD / 2], float (&grad_v)[Layout::kD / 2],
                                          const Between& between) {
-  constexpr bool kEarly = Layout::kOverlap == Overlap::values && !kCapped;
+  constexpr bool kEarly = Layout::kOverlap == Overlap::sums && !kCapped;
   constexpr bool kHolds = Layout::kOverlap != Overlap::none && !kEarly;
   const uint32_t statistics =
       shared.statistics(stage) + lane() % 4 * 2 * static_cast<int>(sizeof(QueryStatistics));
