@@ -6,24 +6,25 @@
 //   (cuda/hopper_backward_queries.h). Each sum belongs to one warpgroup and runs in the order of the tiles: nothing is
 //   shared, at the price of seven products instead of five;
 // - where many queries see a key (cuda/one_pass.h: one_pass_from), without softcap, mask tensor and packed sequences,
-//   those five in one kernel (cuda/hopper_backward_joint.h), which adds grad_q up in memory in a fixed order, and a kernel
-//   that rounds it.
+//   those five in one kernel (cuda/hopper_backward_joint.h), which adds grad_q up in memory in a fixed order, and a
+//   kernel that rounds it.
 // A mask tensor of any strides, boolean or floating, goes with the two kernels (not beside a softcap): another small
 // kernel finds the tiles that it hides, which are left out, and those that it does not touch, which cost nothing more
 // (cuda/mask_classes.h). The others read it element by element, before their products: a bit for what is hidden, and
 // what is added is where the products start.
 //
-// Within a warpgroup the exponentials run under grad_out's products, and grad_v's product under what makes weights
-// gradients (Overlap in cuda/hopper_backward.h). Registers of consumers: 229 of 232 at most. Bytes spilled, stores and
-// loads (nvcc 13.0.88), kD 64 and 128: keys 200, a dozen words a step of 128 queries, and 136, none in the loop; queries
-// 0 and 24, none in the loop; one pass 168 and 96. With softcap: keys 68 and 204, queries 0 and 80. With a boolean mask:
-// keys 396 and 520, queries 156 and 364; with a floating one 396 and 916, 224 and 648: the producer's, and in tiles that
-// read it. No product is serialised.
+// Within a warpgroup the exponentials run under grad_out's products, and what makes weights gradients under grad_v's
+// product, or for grad_q its second half under the first half's product (Overlap in cuda/hopper_backward.h). Registers of
+// consumers: 229 of 232 at most. Bytes spilled, stores and loads (nvcc 13.0.88), kD 64 and 128: keys 200, a dozen words
+// a step of 128 queries, and 136, none in the loop; queries 0 and 168, of which one word a step, more on the diagonal;
+// one pass 168 and 96. With softcap: keys 68 and 204, queries 0 and 148. With a boolean mask: keys 396 and 520, queries
+// 156 and 272; with a floating one 396 and 916, 324 and 176: the producer's, and in tiles that read it. No product is
+// serialised.
 //
 // Measured, 2026-11-26, H100 80GB HBM3, benchmarks/native/hopper_attention_backward time, TFLOP/s of five products,
-// causal, 16 heads, D 128, before blocks took one tile after another, and before Overlap: two kernels 370, 431, 431, 460
-// at 2k, 4k, 8k, 16k; one pass in any order, with zeroing and rounding, 422 and 536 at 4k and 16k. With a mask tensor: not
-// measured yet.
+// causal, 16 heads, D 128, before blocks took one tile after another, and before Overlap: two kernels 370, 431, 431,
+// 460 at 2k, 4k, 8k, 16k; one pass in any order, with zeroing and rounding, 422 and 536 at 4k and 16k. With a mask
+// tensor: not measured yet.
 #include "attention/attention_cuda.h"
 #include "attention/cuda/hopper_backward_joint.h"
 #include "attention/cuda/hopper_backward_keys.h"

@@ -76,8 +76,8 @@ __device__ __forceinline__ void start_weighted_sum(float (&acc)[B::kD / 2], cons
     warpgroup_product<B::kD, T, Major::mn>(acc, weights[k], b.by_columns(k), add || k > 0);
 }
 
-// Holds what `values` are made by above the wait for the products that run meanwhile, below which ptxas would move nearly
-// all of it: a word that depends on all of them goes to shared memory, 128 bytes that nobody reads.
+// Holds what `values` are made by above the wait for the products that run meanwhile, below which ptxas would move
+// nearly all of it: a word that depends on all of them goes to shared memory, 128 bytes that nobody reads.
 template <int kCount>
 __device__ __forceinline__ void hold(const float (&values)[kCount], uint32_t scratch) {
   uint32_t all = 0;
@@ -87,8 +87,8 @@ __device__ __forceinline__ void hold(const float (&values)[kCount], uint32_t scr
 }
 constexpr int kScratchBytes = kWarpSize * 4;
 
-// What a step overlaps within its warpgroup: nothing but what ptxas leaves so; the weights' exponentials and the products
-// that gradients need besides; and, also, the first of the sums' products and what makes gradients.
+// What a step overlaps within its warpgroup: nothing but what ptxas leaves so; the weights' exponentials and the
+// products that gradients need besides; and, also, the first of the sums' products and what makes gradients.
 enum class Overlap { none, weights, sums };
 
 // Four elements of accumulators, of eight columns j, as they go into the fragments of a first operand.

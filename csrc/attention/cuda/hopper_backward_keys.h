@@ -6,8 +6,8 @@
 // The sums stay in registers from the first tile to the last: no atomics, one order.
 //
 // Shared memory: K and V, a ring of kStages times Q, grad_out and the rows' statistics, and the finished tiles on their
-// way out. Tiles whose rows might pass no gradient are inspected: such rows become zeros. With a mask tensor the tiles of
-// queries from which it hides the block's keys are left out, and those that it changes read it element by element.
+// way out. Tiles whose rows might pass no gradient are inspected: such rows become zeros. With a mask tensor the tiles
+// of queries from which it hides the block's keys are left out, and those that it changes read it element by element.
 #pragma once
 #include "attention/cuda/hopper_backward_ring.h"
 #include "attention/cuda/hopper_backward_step.h"

@@ -7,10 +7,12 @@
 
 namespace llmfast::cuda {
 
-// What becomes of products before they are weights: only the scale; a softcap; a boolean mask hides some; a floating one
-// is added.
+// What becomes of products before they are weights: only the scale; a softcap; a boolean mask hides some; a floating
+// one is added.
 enum class Scoring { plain, capped, hidden, added };
-__host__ __device__ constexpr bool is_masked(Scoring scoring) { return scoring == Scoring::hidden || scoring == Scoring::added; }
+__host__ __device__ constexpr bool is_masked(Scoring scoring) {
+  return scoring == Scoring::hidden || scoring == Scoring::added;
+}
 
 __device__ inline bool hides(bool visible) { return !visible; }
 __device__ inline bool hides(float value) { return value < kHiddenBelow; }

@@ -7,8 +7,9 @@
 // memory and one order.
 //
 // Shared memory: Q and grad_out, a ring of kStages times K, V and what an inspector found in K, and the finished tile
-// on its way out. Tiles that hide something are inspected for keys that hold NaN or infinity. With a mask tensor tiles of
-// keys that it hides from all the block's queries are left out, and those that it changes read it element by element.
+// on its way out. Tiles that hide something are inspected for keys that hold NaN or infinity. With a mask tensor tiles
+// of keys that it hides from all the block's queries are left out, and those that it changes read it element by
+// element.
 #pragma once
 #include <type_traits>
 
@@ -150,8 +151,9 @@ __device__ __forceinline__ void gradients_of_rows(const float (&kept)[Layout::kK
   }
 }
 
-// A step from its products on, which are under way in two groups, scores first, to those of its sums; `hides`: something
-// in the tile is hidden. The sums' products of the first half of the keys run under the gradients of the second.
+// A step from its products on, which are under way in two groups, scores first, to those of its sums; `hides`:
+// something in the tile is hidden. The sums' products of the first half of the keys run under the gradients of the
+// second.
 template <class T, bool kCapped, class Layout>
 __device__ __forceinline__ void add_step(Layout shared, int stage, bool hides, const float (&scores)[Layout::kKeys / 2],
                                          const float (&products)[Layout::kKeys / 2], const float (&lse)[2],
@@ -298,7 +300,8 @@ __device__ __forceinline__ void consume_keys(const AttentionBackwardParams& p, L
       if (!Layout::kDrains && lane() == 0 && previous >= 0) mbarrier_arrive(shared.empty(previous));
       start_dots<T>(products, shared.grad_out(), first_row, shared.values(stage));
       warpgroup_commit();
-      add_step<T, kCapped>(shared, stage, hides, scores, products, lse, delta, scale, visible, hidden, step > 0, grad_q);
+      add_step<T, kCapped>(shared, stage, hides, scores, products, lse, delta, scale, visible, hidden, step > 0,
+                           grad_q);
       if (Layout::kDrains) {
         warpgroup_wait<0>();
         if (lane() == 0) mbarrier_arrive(shared.empty(stage));

@@ -1,6 +1,6 @@
-// A tile of queries against a block's keys, transposed, in the Hopper backward: from products, which are under way, to the
-// weights and gradients in registers, and on to the products that add them to grad_k and grad_v. Of the keys' kernel and
-// of the one pass.
+// A tile of queries against a block's keys, transposed, in the Hopper backward: from products, which are under way, to
+// the weights and gradients in registers, and on to the products that add them to grad_k and grad_v. Of the keys'
+// kernel and of the one pass.
 #pragma once
 #include "attention/cuda/hopper_backward.h"
 #include "attention/cuda/hopper_backward_mask.h"
@@ -61,8 +61,8 @@ __device__ __forceinline__ void gradients_of_scores(const float (&kept)[Layout::
   }
 }
 
-// A step from its products on, which are under way in two groups, scores first, to those of its sums; `hides`: something
-// in the tile is hidden. between(gradients) runs before the last products.
+// A step from its products on, which are under way in two groups, scores first, to those of its sums; `hides`:
+// something in the tile is hidden. between(gradients) runs before the last products.
 template <class T, bool kCapped, class Layout, class Between>
 __device__ __forceinline__ void add_step(Layout shared, int stage, bool hides,
                                          const float (&scores)[Layout::kQueries / 2],

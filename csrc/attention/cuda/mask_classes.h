@@ -3,8 +3,8 @@
 //
 // A small kernel looks at the whole mask once and leaves a byte a tile in the workspace, twice: with the tiles of
 // queries side by side for each tile of keys, and the other way round. Dimensions along which the mask does not move
-// (stride 0) count once. What it hides: a boolean false, or a number below kHiddenBelow, -inf included: beside the lse of
-// a row that passes a gradient, at least kNoGradient, its weight is 0 in float32 whatever the score.
+// (stride 0) count once. What it hides: a boolean false, or a number below kHiddenBelow, -inf included: beside the lse
+// of a row that passes a gradient, at least kNoGradient, its weight is 0 in float32 whatever the score.
 #pragma once
 #include "attention/attention.h"
 #include "ptx/cuda.h"
@@ -40,7 +40,8 @@ struct MaskClasses {
   __host__ __device__ int plane(int sequence, int head) const {
     return (sequences > 1 ? sequence : 0) * heads + (heads > 1 ? head : 0);
   }
-  // Of a tile of keys by tiles of queries, of which there may be one for all; and of a tile of queries by tiles of keys.
+  // Of a tile of keys by tiles of queries, of which there may be one for all; and of a tile of queries by tiles of
+  // keys.
   __host__ __device__ Classes of_keys(const uint8_t* all, int plane, int key_tile) const {
     return {all + (plane * key_tiles + key_tile) * query_tiles, query_tiles > 1 ? 1 : 0};
   }
