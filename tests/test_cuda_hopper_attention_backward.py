@@ -95,7 +95,7 @@ def test_one_pass_does_not_leak(one_pass, bad):
 
 def test_one_pass_is_for_long_sequences(hopper):
     def sums(B, Hq, Hkv, T, D, left=None, softcap=0.0):
-        return backend.native_cuda().attention_backward_sums(B, Hq, Hkv, T, T, D, D, left, 0, softcap, 0)
+        return backend.native_cuda().attention_backward_sums(B, Hq, Hkv, T, T, D, D, left, 0, softcap, 0, None)
 
     assert sums(2, 16, 16, 8192, 128) == 2 * 16 * 64 * (128 * 128 + 4) + 4
     assert sums(2, 16, 16, 8192, 72) == sums(2, 16, 16, 8192, 128)
@@ -183,8 +183,128 @@ def test_queries_that_see_nothing_pass_nothing(hopper):
     assert (clean[1][:, :, :130] == 0).all()
 
 
+def lowered(mask: torch.Tensor, lowest: float = -math.inf, dtype=torch.float32) -> torch.Tensor:
+    """A boolean mask as a floating one, with biases where it shows."""
+    return torch.where(mask, torch.randn(mask.shape), torch.tensor(lowest)).to(dtype)
+
+
+def padding(B: int, T: int, *lengths: int) -> torch.Tensor:
+    return (torch.arange(T) < torch.tensor(lengths)[:, None]).view(B, 1, 1, T)
+
+
+def masks(B, Hq, Tq, Tk) -> dict[str, torch.Tensor]:
+    some = torch.rand(B, Hq, Tq, Tk) < 0.5
+    some[:, :, 5] = False  # a row that sees nothing
+    some[0, -1, :, :130] = False  # a tile of keys, and some
+    some[0, 0, 128:256] = False  # a tile of queries
+    return {
+        "boolean": some,
+        "heads alike": some[:, :1],
+        "sequences alike": some[:1],
+        "queries alike": some[:, :, 3:4],
+        "keys alike": some[..., 4:5],
+        "padding": padding(B, Tk, *([Tk - 150, 3] * B)[:B]),
+        "causal and padding": torch.ones(Tq, Tk, dtype=torch.bool).tril() & padding(B, Tk, *([Tk - 40, 150] * B)[:B]),
+        "transposed": (torch.rand(Tk, Tq) < 0.5).t(),
+        "bfloat16": lowered(some, dtype=BF16),
+        "float32": lowered(some[:, :1, :, :]),
+        "bias of heads": torch.randn(1, Hq, Tq, Tk) * 3,
+        "bias of keys": lowered(some[:, :1, 3:4], dtype=F16),
+        "lowest number": lowered(some[:1, :1] | (torch.arange(Tk) == 7), torch.finfo(torch.float32).min),
+    }
+
+
+@pytest.mark.parametrize("name", masks(1, 1, 300, 300))
+@pytest.mark.parametrize("D", [64, 128])
+def test_masks(hopper, name, D):
+    B, Hq, Hkv, Tq, Tk = 2, 2, 1, 261, 270
+    mask, before = masks(B, Hq, Tq, Tk)[name].expand(B, Hq, Tq, Tk), calls()
+    grads = check(hopper, make(B, Hq, Hkv, Tq, Tk, D, dtype=BF16), mask=mask)
+    hidden = ~mask if mask.dtype == torch.bool else mask < -1e30
+    assert (grads[1][hidden.all(-1)] == 0).all()
+    of_keys = hidden.all(-2).all(1)[:, None]
+    assert (grads[2][of_keys] == 0).all() and (grads[3][of_keys] == 0).all()
+    assert calls() == before + 1
+
+
+@pytest.mark.parametrize(
+    "options", [{"causal": True}, {"window": (60, 20)}, {"scale": -0.4}], ids=lambda options: next(iter(options))
+)
+def test_masks_beside_bands_and_scales(hopper, options):
+    tensors, before = make(1, 4, 2, 200, 290, 72, 96, dtype=F16), calls()
+    some = torch.rand(1, 4, 200, 290) < 0.7
+    some[..., :140] = False
+    check(hopper, tensors, mask=some, **options)
+    check(hopper, tensors, mask=lowered(some), **options)
+    assert calls() == before + 2
+
+
+def test_tiles_that_a_mask_hides_cost_nothing(hopper):
+    """Causal with padding, and padding alone: products of the tiles with something to see, and no others."""
+    T, D = 512, 64
+    tensors = make(2, 2, 1, T, T, D, dtype=BF16)
+    pads = padding(2, T, 512, 200)
+    causal = torch.ones(T, T, dtype=torch.bool).tril()
+    full = {
+        "padding": (4 + 2) * 4,
+        "causal": 10 + 7,
+        "bias": 10 + 10,
+        "nothing": 0,
+    }  # tiles of 128 x 128 of two sequences
+    given = {
+        "padding": pads,
+        "causal": causal & pads,
+        "bias": torch.where(causal, 0.5, -math.inf),
+        "nothing": torch.zeros(T, T, dtype=torch.bool),
+    }
+    for name, mask in given.items():
+        check(hopper, tensors, mask=mask)
+        if hopper != "cpu":
+            continue
+        module = backend.native_cuda()
+        inputs = [t.detach().requires_grad_() for t in tensors]
+        out = attention(*inputs, mask=mask)
+        module.reset_counters()
+        out.backward(torch.randn(out.shape).to(BF16))
+        products = 2 * (2 * 4 * 4) + 2 * (4 + 4 + 8)  # of two warpgroups, in steps of 64 and 128; depths of 16
+        assert module.counters()["warpgroup_products"] == 2 * full[name] * products, name  # two heads
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
+@pytest.mark.parametrize("D", [64, 128])
+def test_what_a_mask_hides_does_not_leak(hopper, D, bad):
+    """Keys that some queries do not see, queries that see no key, keys that no query sees, whatever they hold."""
+    T = 270
+    mask = torch.ones(1, 1, T, T, dtype=torch.bool)
+    mask[..., :100, 40:60] = False
+    mask[..., 130:140, :] = False
+    mask[..., 200:] = False
+    tensors = [t.to(hopper) for t in make(1, 2, 1, T, T, D, dtype=BF16)]
+    grad = torch.randn(1, 2, T, D).to(BF16).to(hopper)
+    for given in (mask.to(hopper), torch.where(mask, 0.25, -math.inf).to(hopper)):
+        clean = with_gradients(attention, tensors, grad, mask=given)
+        q, k, v = (t.clone() for t in tensors)
+        spoilt_grad = grad.clone()
+        q[:, :, 135], spoilt_grad[:, :, 131] = bad, bad
+        k[:, :, 210], v[:, :, 220] = bad, bad
+        dirty = with_gradients(attention, (q, k, v), spoilt_grad, mask=given)
+        assert all(torch.equal(a, b) for a, b in zip(clean, dirty))
+        for which in (1, 2):
+            spoilt = [t.clone() for t in tensors]
+            spoilt[which][:, :, 50] = bad
+            dirty = with_gradients(attention, spoilt, grad, mask=given)
+            assert torch.equal(clean[1][:, :, :100], dirty[1][:, :, :100])
+            assert not dirty[1][:, :, 100:130].isfinite().all()
+
+
+def test_masks_and_softcaps_together_run_elsewhere(hopper):
+    before = calls()
+    check(hopper, make(1, 1, 1, 70, 80, 64, dtype=BF16), mask=torch.rand(70, 80) < 0.5, softcap=2.0)
+    assert calls() == before
+
+
 def test_layouts(hopper):
-    """Heads side by side in one tensor run here; rows that start at odd addresses and mask tensors elsewhere."""
+    """Heads side by side in one tensor run here; rows that start at odd addresses elsewhere."""
     B, H, T, D = 2, 2, 140, 64
     before = calls()
     joined = torch.randn(B, T, 3 * H * D).to(BF16).to(hopper)
@@ -192,7 +312,6 @@ def test_layouts(hopper):
     check(hopper, heads, causal=True)
     assert calls() == before + 1
     check(hopper, [t[..., 1:] for t in torch.randn(3, 1, 1, 30, 17).to(BF16).to(hopper)], causal=True)
-    check(hopper, make(1, 1, 1, 30, 30, 16, dtype=BF16), mask=torch.rand(30, 30) < 0.5)
     assert calls() == before + 1
 
 

@@ -91,12 +91,24 @@ void over(int64_t count, void (*kernel)(Parameters...), Arguments... arguments) 
   launch(kStream, {static_cast<unsigned>(ceil_div(count, 256))}, 256, 0, kernel, arguments...);
 }
 
+// Boolean masks of keys alone, [B,1,1,Tk], and with causal, [B,1,Tq,Tk]; a float for each head and pair, [1,H,Tq,Tk],
+// -inf after the diagonal.
+enum class Mask { none, padding, causal_padding, bias };
+
 struct Case {
   const char* name;
   int64_t B, Hq, Hkv, Tq, Tk, D;
   int64_t left, right;
   float softcap;
   std::vector<int64_t> first_q, first_k;  // packed: of Tq and Tk tokens in all
+  Mask mask = Mask::none;
+
+  bool sees(int64_t sequence, int64_t query, int64_t key) const {  // beside the band
+    const int64_t lengths[] = {Tk, Tk * 3 / 4 - 36, Tk / 3 + 17, 31};
+    if (mask == Mask::none) return true;
+    if (mask != Mask::padding && key > query + Tk - Tq) return false;
+    return mask == Mask::bias || key < lengths[sequence % 4];
+  }
 };
 
 // Heads of a token side by side, as models have them.
@@ -142,8 +154,10 @@ struct Problem {
     float* const lse = own<float>(rows);
     over(rows, fill_lse_kernel, lse, rows, logf(static_cast<float>(c.Tk) / 2) + 0.5f, 6u);
     p.lse = {lse, DType::f32, packed ? 0 : c.Hq * c.Tq, c.Tq, 1};
+    if (c.mask != Mask::none) set_mask(c);
     const int64_t statistics = attention_backward_workspace(c.B, c.Hq, c.Tq, packed);
-    p.workspace = own<float>(statistics + query_sums_floats(c.B, c.Hq, c.Tq, packed, c.D <= 64 ? 64 : 128));
+    const int64_t classes = p.mask.data ? MaskClasses(p).floats() : 0;
+    p.workspace = own<float>(statistics + classes + query_sums_floats(c.B, c.Hq, c.Tq, packed, c.D <= 64 ? 64 : 128));
     query_sums = p.workspace + statistics;
     if (packed) {
       int64_t *const first_q = own<int64_t>(c.B + 1), *const first_k = own<int64_t>(c.B + 1);
@@ -152,6 +166,26 @@ struct Problem {
     }
     spoil_results();
     finish();
+  }
+  void set_mask(const Case& c) {
+    const bool of_rows = c.mask != Mask::padding, adds = c.mask == Mask::bias;
+    const int64_t planes = adds ? c.Hq : c.B, rows = of_rows ? c.Tq : 1;
+    std::vector<uint8_t> shown(planes * rows * c.Tk);
+    for (int64_t i = 0; i < static_cast<int64_t>(shown.size()); ++i)
+      shown[i] = c.sees(i / (rows * c.Tk), i / c.Tk % rows, i % c.Tk);
+    const int64_t row_stride = of_rows ? c.Tk : 0, plane_stride = rows * c.Tk;
+    if (adds) {
+      std::vector<float> values(shown.size());
+      for (size_t i = 0; i < values.size(); ++i)
+        values[i] = shown[i] ? 0.01f * static_cast<float>(i % 97) : -__builtin_inff();
+      float* const data = own<float>(values.size());
+      write(data, values);
+      p.mask = {data, DType::f32, 0, plane_stride, row_stride, 1};
+    } else {
+      uint8_t* const data = own<uint8_t>(shown.size());
+      write(data, shown);
+      p.mask = {data, DType::boolean, plane_stride, 0, row_stride, 1};
+    }
   }
   void spoil_results() {
     over(q_elements / 2, poison_kernel, reinterpret_cast<uint32_t*>(grad_q), q_elements / 2);
@@ -174,40 +208,49 @@ struct Variant {
 
 template <class Layout, bool kCounted = true>
 Variant keys_variant(const char* name) {
-  return {name, Layout::kD, launch_keys<bf16, Layout, false, kCounted>, launch_keys<bf16, Layout, true, kCounted>};
+  return {name, Layout::kD, launch_keys<bf16, Layout, Scoring::plain, kCounted>,
+          launch_keys<bf16, Layout, Scoring::capped, kCounted>};
 }
 template <class Layout, bool kCounted = true>
 Variant queries_variant(const char* name) {
-  return {name, Layout::kD, launch_queries<bf16, Layout, false, kCounted>,
-          launch_queries<bf16, Layout, true, kCounted>};
+  return {name, Layout::kD, launch_queries<bf16, Layout, Scoring::plain, kCounted>,
+          launch_queries<bf16, Layout, Scoring::capped, kCounted>};
 }
-// Rows of the other side's tiles x stages; +: does not drain; 1: a block a tile.
-const std::vector<Variant> kKeys = {keys_variant<KeysLayout<128, 64, 2>>("keys 64 x 2"),
-                                    keys_variant<KeysLayout<128, 64, 2>, false>("keys 64 x 2, 1"),
-                                    keys_variant<KeysLayout<64, 128, 2>>("keys 128 x 2"),
-                                    keys_variant<KeysLayout<64, 128, 2>, false>("keys 128 x 2, 1"),
-                                    keys_variant<KeysLayout<64, 64, 4>>("keys 64 x 4"),
-                                    keys_variant<KeysLayout<64, 64, 4, false>>("keys 64 x 4 +")};
-const std::vector<Variant> kQueries = {queries_variant<QueriesLayout<128, 128, 2>>("queries 128 x 2"),
-                                       queries_variant<QueriesLayout<128, 128, 2>, false>("queries 128 x 2, 1"),
-                                       queries_variant<QueriesLayout<128, 64, 3>>("queries 64 x 3"),
-                                       queries_variant<QueriesLayout<128, 64, 3, false>>("queries 64 x 3 +"),
-                                       queries_variant<QueriesLayout<64, 128, 3>>("queries 128 x 3"),
-                                       queries_variant<QueriesLayout<64, 128, 3, false>>("queries 128 x 3 +"),
-                                       queries_variant<QueriesLayout<64, 128, 3, false>, false>("queries 128 x 3 +, 1"),
-                                       queries_variant<QueriesLayout<64, 64, 4, false>>("queries 64 x 4 +")};
+// Rows of the other side's tiles x stages; +: does not drain; before: no Overlap, exp: of weights.
+constexpr Overlap kNone = Overlap::none, kExp = Overlap::weights;
+const std::vector<Variant> kKeys = {
+    keys_variant<KeysLayout<128, 64, 2>>("keys 64 x 2"),
+    keys_variant<KeysLayout<128, 64, 2, true, kExp>>("keys 64 x 2, exp"),
+    keys_variant<KeysLayout<128, 64, 2, true, kNone>>("keys 64 x 2, before"),
+    keys_variant<KeysLayout<64, 128, 2>>("keys 128 x 2"),
+    keys_variant<KeysLayout<64, 128, 2, true, kExp>>("keys 128 x 2, exp"),
+    keys_variant<KeysLayout<64, 128, 2, true, kNone>>("keys 128 x 2, before"),
+    keys_variant<KeysLayout<64, 64, 4>>("keys 64 x 4"),
+    keys_variant<KeysLayout<64, 64, 4, false>>("keys 64 x 4 +")};
+const std::vector<Variant> kQueries = {
+    queries_variant<QueriesLayout<128, 128, 2>>("queries 128 x 2"),
+    queries_variant<QueriesLayout<128, 128, 2, true, kExp>>("queries 128 x 2, exp"),
+    queries_variant<QueriesLayout<128, 128, 2, true, kNone>>("queries 128 x 2, before"),
+    queries_variant<QueriesLayout<128, 64, 3, false>>("queries 64 x 3 +"),
+    queries_variant<QueriesLayout<64, 128, 3, false>>("queries 128 x 3 +"),
+    queries_variant<QueriesLayout<64, 128, 3, false, kExp>>("queries 128 x 3 +, exp"),
+    queries_variant<QueriesLayout<64, 128, 3, false, kNone>>("queries 128 x 3 +, before"),
+    queries_variant<QueriesLayout<64, 128, 3>>("queries 128 x 3")};
 
 template <class Layout, int kBlocks = kSectionBlocks>
 Variant joint_variant(const char* name) {
   return {name, Layout::kD, launch_jointly<bf16, Layout, false, kBlocks>, launch_jointly<bf16, Layout, true, kBlocks>};
 }
 // In any order of additions, or in turns; the number: blocks of a section, if others than usual.
-const std::vector<Variant> kJoint = {joint_variant<JointLayout<128, 64, 2, false>>("joint 64 x 2"),
-                                     joint_variant<JointLayout<128, 64, 2, true>>("ordered 64 x 2"),
-                                     joint_variant<JointLayout<128, 64, 2, true>, 528>("ordered 64 x 2, 528"),
-                                     joint_variant<JointLayout<64, 128, 2, false>>("joint 128 x 2"),
-                                     joint_variant<JointLayout<64, 128, 2, true>>("ordered 128 x 2"),
-                                     joint_variant<JointLayout<64, 128, 2, true>, 528>("ordered 128 x 2, 528")};
+const std::vector<Variant> kJoint = {
+    joint_variant<JointLayout<128, 64, 2, false>>("joint 64 x 2"),
+    joint_variant<JointLayout<128, 64, 2, false, kNone>>("joint 64 x 2, before"),
+    joint_variant<JointLayout<128, 64, 2, true>>("ordered 64 x 2"),
+    joint_variant<JointLayout<128, 64, 2, true, kNone>>("ordered 64 x 2, before"),
+    joint_variant<JointLayout<128, 64, 2, true>, 528>("ordered 64 x 2, 528"),
+    joint_variant<JointLayout<64, 128, 2, false>>("joint 128 x 2"),
+    joint_variant<JointLayout<64, 128, 2, true>>("ordered 128 x 2"),
+    joint_variant<JointLayout<64, 128, 2, true, kNone>>("ordered 128 x 2, before")};
 
 void run_statistics(const AttentionBackwardParams& p, int kD, float* sums = nullptr, bool zeroes = true) {
   if (kD == 64) launch_query_statistics<bf16, 8>(p, kStream, sums, zeroes);
@@ -248,6 +291,11 @@ __device__ void plain_pair(const AttentionBackwardParams& p, const Sequence& s, 
   const bf16* const grad = row_of<const bf16>(p.grad_out, s.index, head, s.first_q + query);
   double score = p.scale * dot(row_of<const bf16>(p.q, s.index, head, s.first_q + query),
                                row_of<const bf16>(p.k, s.index, kv, s.first_k + key), D);
+  if (p.mask.data) {
+    const char* const at = mask_element(p, s.index, head, query, key);
+    if (p.mask.dtype == DType::boolean ? !*at : hides(*reinterpret_cast<const float*>(at))) return;
+    if (p.mask.dtype != DType::boolean) score += *reinterpret_cast<const float*>(at);
+  }
   double slope = 1;
   if (p.softcap > 0) {
     const double t = tanh(score / p.softcap);
@@ -394,6 +442,10 @@ const std::vector<Case> kChecks = {
     {"packed d128", 3, 2, 1, 330, 360, 128, kAny, 0, 0, {0, 5, 200, 330}, {0, 25, 230, 360}},
     {"packed d64", 3, 2, 1, 330, 360, 64, 70, 3, 0, {0, 5, 200, 330}, {0, 25, 230, 360}},
     {"packed full d128", 3, 2, 1, 330, 360, 128, kAny, kAny, 0, {0, 5, 200, 330}, {0, 25, 230, 360}},
+    {"padding d64", 4, 2, 1, 400, 400, 64, kAny, kAny, 0, {}, {}, Mask::padding},
+    {"causal and padding d128", 4, 2, 1, 400, 400, 128, kAny, kAny, 0, {}, {}, Mask::causal_padding},
+    {"bias d64", 2, 2, 2, 300, 400, 64, kAny, kAny, 0, {}, {}, Mask::bias},
+    {"bias d128", 2, 2, 2, 300, 400, 128, kAny, kAny, 0, {}, {}, Mask::bias},
     {"many heads d128", 4, 16, 16, 1024, 1024, 128, kAny, 0, 0, {}, {}},
     {"many heads d64", 4, 16, 4, 1500, 1500, 64, kAny, 0, 0, {}, {}},
     {"long d128", 1, 8, 8, 4096, 4096, 128, kAny, 0, 0, {}, {}},
@@ -458,6 +510,8 @@ void check(const Case& c) {
 #endif
   Problem problem(c);
   const int kD = padded(c.D);
+  if (c.mask != Mask::none)
+    return check(c, problem, "mask", true, [&] { attention_backward_sm90a(problem.p, kStream); });
   for (const bool of_keys : {true, false})
     for (const Variant& v : of_keys ? kKeys : kQueries) {
       if (v.kD != kD) continue;
@@ -488,6 +542,9 @@ const std::vector<Case> kTimes = {
     {"causal d64 t1k", 16, 16, 16, 1024, 1024, 64, kAny, 0, 0, {}, {}},
     {"causal d64 t4k", 4, 16, 16, 4096, 4096, 64, kAny, 0, 0, {}, {}},
     {"causal d64 t16k", 1, 16, 16, 16384, 16384, 64, kAny, 0, 0, {}, {}},
+    {"padding d64 t2k", 4, 16, 16, 2048, 2048, 64, kAny, kAny, 0, {}, {}, Mask::padding},
+    {"causal and padding d64 t2k", 4, 16, 16, 2048, 2048, 64, kAny, kAny, 0, {}, {}, Mask::causal_padding},
+    {"bias d128 t2k", 4, 16, 16, 2048, 2048, 128, kAny, kAny, 0, {}, {}, Mask::bias},
 };
 
 template <class Body>
@@ -515,9 +572,11 @@ double visible_pairs(const Case& c) {
   double pairs = 0;
   for (int i = 0; i < c.Tq; ++i) {
     const Span keys = band.keys_of(i);
-    if (!keys.empty()) pairs += keys.end - keys.begin;
+    if (c.mask == Mask::none && !keys.empty()) pairs += static_cast<double>(keys.end - keys.begin) * c.B;
+    for (int s = 0; s < c.B && c.mask != Mask::none; ++s)
+      for (int j = keys.begin; j < keys.end; ++j) pairs += c.sees(s, i, j);
   }
-  return pairs * static_cast<double>(c.B * c.Hq);
+  return pairs * static_cast<double>(c.Hq);
 }
 
 void print_way(const char* name, double ms, double product) {
@@ -537,6 +596,21 @@ void time(const Case& c) {
   print_way("two kernels", milliseconds([&] { attention_backward_sm90a(problem.p, kStream); }), product);
   compare(c, problem, 1);
   one_pass_from = from;
+  if (c.mask != Mask::none) {
+    const double classes = milliseconds([&] { launch_mask_classes(problem.p, kStream, mask_classes_of(problem.p)); });
+    std::printf("  %-20s before %.3f ms\n", "", classes);
+    print_way("sm_80's kernels", milliseconds([&] { attention_backward_sm80(problem.p, kStream); }), product);
+    return;
+  }
+  for (const char* way : {", exp", ", before"})
+    print_way((std::string("two kernels") + way).c_str(), milliseconds([&] {
+                run_statistics(problem.p, padded(c.D));
+                for (const auto* variants : {&kKeys, &kQueries})
+                  for (const Variant& v : *variants)
+                    if (v.kD == padded(c.D) && std::string(v.name).find(way) != std::string::npos)
+                      run_variant(v, problem.p);
+              }),
+              product);
   for (const Variant& v : kJoint) {
     if (v.kD != padded(c.D)) continue;
     problem.spoil_results();

@@ -1,22 +1,30 @@
-// Masked attention, backward, on Hopper's warpgroup products (bf16, fp16; head dims up to 128, no mask tensor); see
-// attention.h for the formula.
+// Masked attention, backward, on Hopper's warpgroup products (bf16, fp16; head dims up to 128); see attention.h for the
+// formula.
 //
 // After a small kernel that computes each row's lse and delta it goes one of two ways, both bitwise deterministic:
 // - as on sm_80 two kernels: the keys' sums grad_k and grad_v (cuda/hopper_backward_keys.h), the queries' grad_q
 //   (cuda/hopper_backward_queries.h). Each sum belongs to one warpgroup and runs in the order of the tiles: nothing is
 //   shared, at the price of seven products instead of five;
-// - where many queries see a key (cuda/one_pass.h: one_pass_from), without softcap and packed sequences, those five in
-//   one kernel (cuda/hopper_backward_joint.h), which adds grad_q up in memory in a fixed order, and a kernel that
-//   rounds it.
+// - where many queries see a key (cuda/one_pass.h: one_pass_from), without softcap, mask tensor and packed sequences,
+//   those five in one kernel (cuda/hopper_backward_joint.h), which adds grad_q up in memory in a fixed order, and a
+//   kernel that rounds it.
+// A mask tensor of any strides, boolean or floating, goes with the two kernels (not beside a softcap): another small
+// kernel finds the tiles that it hides, which are left out, and those that it does not touch, which cost nothing more
+// (cuda/mask_classes.h). The others read it element by element, before their products: a bit for what is hidden, and
+// what is added is where the products start.
 //
-// Registers (nvcc 13.0.88; the highest in the SASS, of 232 that consumers have) and bytes spilled, stores and loads,
-// for kD 64 and 128: keys 226, 68 and 229, 144, of which 3 words a step; queries 215, 0 and 229, 16, none in the loop;
-// one pass 227, 0 and 229, 96, of which 7 words a step. With softcap: keys 68 and 188 bytes (kD 64 with tiles of 64
-// queries: 128 would spill 396), queries 0 and 88. No product is serialised.
+// Within a warpgroup the exponentials run under grad_out's products, and what makes weights gradients under grad_v's
+// product, or for grad_q its second half under the first half's product (Overlap in cuda/hopper_backward.h). Registers
+// of consumers: 229 of 232 at most. Bytes spilled, stores and loads (nvcc 13.0.88), kD 64 and 128: keys 200, a dozen
+// words a step of 128 queries, and 136, none in the loop; queries 0 and 168, of which one word a step, more on the
+// diagonal; one pass 168 and 96. With softcap: keys 68 and 204, queries 0 and 148. With a boolean mask: keys 396 and
+// 520, queries 156 and 272; with a floating one 396 and 916, 324 and 176: the producer's, and in tiles that read it. No
+// product is serialised.
 //
 // Measured, 2026-11-26, H100 80GB HBM3, benchmarks/native/hopper_attention_backward time, TFLOP/s of five products,
-// causal, 16 heads, D 128, before blocks took one tile after another: two kernels 370, 431, 431, 460 at 2k, 4k, 8k, 16k;
-// one pass in any order, with zeroing and rounding, 422 and 536 at 4k and 16k. In turns: not measured yet.
+// causal, 16 heads, D 128, before blocks took one tile after another, and before Overlap: two kernels 370, 431, 431,
+// 460 at 2k, 4k, 8k, 16k; one pass in any order, with zeroing and rounding, 422 and 536 at 4k and 16k. With a mask
+// tensor: not measured yet.
 #include "attention/attention_cuda.h"
 #include "attention/cuda/hopper_backward_joint.h"
 #include "attention/cuda/hopper_backward_keys.h"
@@ -55,16 +63,16 @@ void launch_tiles(const AttentionBackwardParams& p, const Stream& stream, Grid t
          maps.k, maps.v, maps.q, maps.grad_out, static_cast<int>(tiles.x), kCounted);
 }
 
-template <class T, class Layout, bool kCapped, bool kCounted = true>
+template <class T, class Layout, Scoring kScoring, bool kCounted = true>
 void launch_keys(const AttentionBackwardParams& p, const Stream& stream) {
   launch_tiles<kCounted>(p, stream, grid_of(p, p.Tk, p.Hkv), Layout::kBytes,
-                         attention_grad_kv_kernel<T, Layout, kCapped>, Maps(p, kOwnRows, Layout::kQueries));
+                         attention_grad_kv_kernel<T, Layout, kScoring>, Maps(p, kOwnRows, Layout::kQueries));
 }
 
-template <class T, class Layout, bool kCapped, bool kCounted = true>
+template <class T, class Layout, Scoring kScoring, bool kCounted = true>
 void launch_queries(const AttentionBackwardParams& p, const Stream& stream) {
   launch_tiles<kCounted>(p, stream, grid_of(p, p.Tq, p.Hq), Layout::kBytes,
-                         attention_grad_q_kernel<T, Layout, kCapped>, Maps(p, Layout::kKeys, kOwnRows));
+                         attention_grad_q_kernel<T, Layout, kScoring>, Maps(p, Layout::kKeys, kOwnRows));
 }
 
 // The statistics' kernel before it zeroes the sums, unless kOrdered, and the turns.
@@ -85,12 +93,18 @@ void launch_rounding(const AttentionBackwardParams& p, const Stream& stream) {
          SlabTile<64, 64>::kBytes + kSharedAlignment, round_query_sums_kernel<T, kD>, p);
 }
 
-template <class T, int kD, bool kCapped>
+template <class T, int kD, Scoring kScoring>
 void launch_kernels(const AttentionBackwardParams& p, const Stream& stream) {
   launch_query_statistics<T, kD / 8>(p, stream);
-  constexpr bool kWide = kD == 64 && !kCapped;
-  launch_keys<T, KeysLayout<kD, kWide ? 128 : 64, kD == 64 && !kWide ? 4 : 2>, kCapped>(p, stream);
-  launch_queries<T, QueriesLayout<kD, 128, kD == 64 ? 3 : 2, kD != 64>, kCapped>(p, stream);
+  if (is_masked(kScoring)) launch_mask_classes(p, stream, mask_classes_of(p));
+  constexpr bool kWide = kD == 64 && kScoring == Scoring::plain;
+  constexpr bool kDrains = kD != 64 || is_masked(kScoring);
+  constexpr bool kShort = kD != 64 && kScoring == Scoring::added;  // of registers
+  using Keys = KeysLayout<kD, kWide ? 128 : 64, kD == 64 && !kWide ? 4 : 2, true,
+                          kShort ? Overlap::weights : Overlap::sums>;
+  using Queries = QueriesLayout<kD, kShort ? 64 : 128, kD == 64 || kShort ? 3 : 2, kDrains>;
+  launch_keys<T, Keys, kScoring>(p, stream);
+  launch_queries<T, Queries, kScoring>(p, stream);
 }
 
 template <class T, int kD>
@@ -104,8 +118,10 @@ void launch_one_pass(const AttentionBackwardParams& p, const Stream& stream) {
 template <class T, int kD>
 void launch_backward(const AttentionBackwardParams& p, const Stream& stream) {
   if (in_one_pass(p)) launch_one_pass<T, kD>(p, stream);
-  else if (p.softcap > 0.0f) launch_kernels<T, kD, true>(p, stream);
-  else launch_kernels<T, kD, false>(p, stream);
+  else if (p.mask.data && p.mask.dtype == DType::boolean) launch_kernels<T, kD, Scoring::hidden>(p, stream);
+  else if (p.mask.data) launch_kernels<T, kD, Scoring::added>(p, stream);
+  else if (p.softcap > 0.0f) launch_kernels<T, kD, Scoring::capped>(p, stream);
+  else launch_kernels<T, kD, Scoring::plain>(p, stream);
 }
 
 template <class T>
@@ -117,7 +133,8 @@ void backward(const AttentionBackwardParams& p, const Stream& stream) {
 }  // namespace
 
 bool supports_attention_backward_sm90a(const AttentionBackwardParams& p) {
-  if (p.mask.data || p.D > 128 || p.Dv > 128 || p.D % kChunk != 0 || p.Dv % kChunk != 0) return false;
+  if (p.mask.data && (p.softcap > 0.0f || p.scale == 0.0f || MaskClasses(p).tiles() > kMostBlocks)) return false;
+  if (p.D > 128 || p.Dv > 128 || p.D % kChunk != 0 || p.Dv % kChunk != 0) return false;
   if (p.Tq == 0 || p.Tk == 0) return false;
   if (p.B * p.Hq * ((p.Tq > p.Tk ? p.Tq : p.Tk) / kOwnRows + 1) > kMostBlocks) return false;
   const int64_t sequences = mapped_sequences(p);

@@ -1,6 +1,7 @@
 #include "attention/attention_cuda.h"
 
 #include "attention/attention_checks.h"
+#include "attention/cuda/mask_classes.h"
 #include "attention/cuda/one_pass.h"
 #include "gemm/gemm_cuda.h"
 
@@ -17,6 +18,8 @@ const CudaTable<AttentionParams> kForward("attention",
 const CudaTable<AttentionParams> kDecode("attention_decode",
                                          {{Arch::sm80, k16Bit, nullptr, cuda::attention_decode_sm80},
                                           {Arch::sm80, kF32, nullptr, cuda::attention_forward_fma_sm80}});
+// On Hopper's own kernels: 16 bit, head dims to 128, rows at multiples of 16 bytes, any mask tensor; but not a mask
+// tensor together with a softcap, for which no registers are left. The gradient of a mask itself is nobody's here.
 const CudaTable<AttentionBackwardParams> kBackward("attention_backward",
                                                    {LLMFAST_SM90A_ROW(k16Bit, cuda::supports_attention_backward_sm90a,
                                                                       cuda::attention_backward_sm90a)
@@ -61,8 +64,9 @@ void attention_backward(const AttentionArguments& arguments, const AttentionGrad
 int64_t cuda::attention_backward_sums(const AttentionParams& p, int device) {
 #ifdef LLMFAST_SM90A
   const int64_t D = p.D > p.Dv ? p.D : p.Dv, width = D <= 64 ? 64 : 128;
-  if (D > 128 || p.q.dtype == DType::f32 || !in_one_pass(p)) return 0;
+  if (D > 128 || p.q.dtype == DType::f32 || !(p.mask.data || in_one_pass(p))) return 0;
   if (arch_cap() < Arch::sm90a || !runs_on(Arch::sm90a, device_info(device))) return 0;
+  if (p.mask.data) return MaskClasses(p).floats();
   return p.Hq * tile_count(p.B, p.Tq, false, 128) * (128 * width + 4) + 4;
 #else
   return static_cast<void>(p), static_cast<void>(device), 0;

@@ -33,7 +33,8 @@ void attention_decode_sm80(const AttentionParams& params, const Stream& stream);
 // Floats of workspace; 0: none.
 int64_t attention_workspace(int64_t B, int64_t Hq, int64_t Hkv, int64_t Tq, int64_t Tk, int64_t Dv);
 int64_t attention_backward_workspace(int64_t B, int64_t Hq, int64_t Tq, bool packed);  // Tq as in AttentionParams
-// Floats behind those: 0 but for dense attention in 16 bit, without a mask tensor, on Hopper.
+// Floats behind those: 0 but for dense attention in 16 bit on Hopper. Of a mask it looks at the strides, and whether
+// there is one.
 int64_t attention_backward_sums(const AttentionParams& params, int device);
 
 }  // namespace cuda

@@ -421,9 +421,9 @@ def _run_cuda_backward(*args) -> None:
     packed = cu_seqlens_q is not None
     B = cu_seqlens_q.numel() - 1 if packed else lse.shape[0]
     floats = native.attention_backward_workspace(B, *lse.shape[-2:], packed)
-    if not packed and mask is None and q.dtype != torch.float32:
+    if not packed and q.dtype != torch.float32:
         shape = B, q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3]
-        floats += native.attention_backward_sums(*shape, left, right, softcap, lse.device.index or 0)
+        floats += native.attention_backward_sums(*shape, left, right, softcap, lse.device.index or 0, mask)
     native.attention_backward(*args, lse.new_empty(floats), backend.stream_of(lse))
 
 

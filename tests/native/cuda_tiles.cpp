@@ -10,6 +10,7 @@
 
 #include "attention/cuda/decode_parts.h"
 #include "attention/cuda/forward_order.h"
+#include "attention/cuda/mask_classes.h"
 #include "attention/cuda/one_pass.h"
 #include "attention/cuda/tiles.h"
 #include "gemm/cuda/hopper_schedule.h"
@@ -284,6 +285,37 @@ void check_way() {
   CHECK(!in_one_pass(other));
 }
 
+// What is noted of a tile is found again from its keys and from its queries, whatever dimensions the mask lacks; no two
+// tiles share a place.
+void check_mask_classes() {
+  for (int strides = 0; strides < 8; ++strides) {
+    AttentionParams p = {};
+    p.B = 2, p.Hq = 3, p.Tq = 300, p.Tk = 129;
+    p.mask.sequence_stride = strides & 1, p.mask.head_stride = strides & 2, p.mask.query_stride = strides & 4;
+    const MaskClasses c(p);
+    std::vector<uint8_t> all(2 * c.tiles() + 1, 0xff);
+    CHECK(c.tiles() == (strides & 1 ? 2 : 1) * (strides & 2 ? 3 : 1) * (strides & 4 ? 3 : 1) * 2 &&
+          c.floats() * 4 >= 2 * c.tiles());
+    const auto value = [&](int plane, int query_tile, int key_tile) {
+      return static_cast<uint8_t>((plane * c.query_tiles + query_tile) * c.key_tiles + key_tile);
+    };
+    for (int plane = 0; plane < c.sequences * c.heads; ++plane)
+      for (int i = 0; i < c.query_tiles; ++i)
+        for (int j = 0; j < c.key_tiles; ++j) c.note(all.data(), plane, i, j, value(plane, i, j));
+    for (int sequence = 0; sequence < 2; ++sequence)
+      for (int head = 0; head < 3; ++head)
+        for (int query = 0; query < 300; query += 64)
+          for (int key = 0; key < 129; key += 64) {
+            const int plane = c.plane(sequence, head), i = strides & 4 ? query / kClassRows : 0, j = key / kClassRows;
+            CHECK(plane == (strides & 1 ? sequence : 0) * c.heads + (strides & 2 ? head : 0));
+            CHECK(c.of_keys(all.data(), plane, j).of_token(query) == value(plane, i, j));
+            CHECK(c.of_queries(all.data(), plane, query / kClassRows).of_token(key) == value(plane, i, j));
+          }
+    CHECK(all.back() == 0xff);
+  }
+  CHECK((Classes{nullptr, 0}).of_token(1000) == kShows);
+}
+
 // Offsets that make no sense must lead to no token outside the tensors.
 void check_wrong_offsets() {
   AttentionParams p = {};
@@ -348,6 +380,7 @@ int main() {
           check_turns({Tq, Tk, left, right}, 3, 2, 4, 1);
         }
   check_way();
+  check_mask_classes();
   for (const int rows : {4, 16, 64}) {
     check_packed({5, 0, 70, 1}, rows);
     check_packed({0, 0, 3}, rows);

@@ -58,21 +58,45 @@ struct SlabTile {
   }
 };
 
-// acc[64][B::kRows] = rows first_row.. of a . rows of b
+// acc[64][B::kRows] = rows first_row.. of a . rows of b; `add`: += .
 template <class T, class A, class B>
-__device__ __forceinline__ void start_dots(float (&acc)[B::kRows / 2], A a, int first_row, B b) {
+__device__ __forceinline__ void start_dots(float (&acc)[B::kRows / 2], A a, int first_row, B b, bool add = false) {
 #pragma unroll
   for (int k = 0; k < A::kD / 16; ++k)
-    warpgroup_product<B::kRows, T, Major::k, Major::k>(acc, a.by_rows(first_row, k), b.by_rows(0, k), k > 0);
+    warpgroup_product<B::kRows, T, Major::k, Major::k>(acc, a.by_rows(first_row, k), b.by_rows(0, k), add || k > 0);
 }
 
-// acc[64][B::kD] += weights[64][B::kRows] b; the weights are fragments.
-template <class T, class B>
+// acc[64][B::kD] += weights[64][B::kRows] b, of part kPart of kParts of b's rows; the weights are fragments.
+template <class T, int kPart = 0, int kParts = 1, class B>
 __device__ __forceinline__ void start_weighted_sum(float (&acc)[B::kD / 2], const uint32_t (&weights)[B::kRows / 16][4],
                                                    B b, bool add) {
+  constexpr int kDepths = B::kRows / 16 / kParts;
 #pragma unroll
-  for (int k = 0; k < B::kRows / 16; ++k)
+  for (int k = kPart * kDepths; k < (kPart + 1) * kDepths; ++k)
     warpgroup_product<B::kD, T, Major::mn>(acc, weights[k], b.by_columns(k), add || k > 0);
+}
+
+// Holds what `values` are made by above the wait for the products that run meanwhile, below which ptxas would move
+// nearly all of it: a word that depends on all of them goes to shared memory, 128 bytes that nobody reads.
+template <int kCount>
+__device__ __forceinline__ void hold(const float (&values)[kCount], uint32_t scratch) {
+  uint32_t all = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) all ^= __float_as_uint(values[i]);
+  store_shared(scratch + lane() * 4, all);
+}
+constexpr int kScratchBytes = kWarpSize * 4;
+
+// What a step overlaps within its warpgroup: nothing but what ptxas leaves so; the weights' exponentials and the
+// products that gradients need besides; and, also, the first of the sums' products and what makes gradients.
+enum class Overlap { none, weights, sums };
+
+// Four elements of accumulators, of eight columns j, as they go into the fragments of a first operand.
+template <class T, int kFragments>
+__device__ __forceinline__ void pack_quad(uint32_t (&packed)[kFragments][4], int j, const float (&values)[4]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+    packed[j / 2][j % 2 * 2 + half] = pack_pair<T>(values[2 * half], values[2 * half + 1]);
 }
 
 template <int kCount>
@@ -120,32 +144,6 @@ __device__ void store_tile_rows(Tile tile, int first_row, const float (&acc)[Til
   }
 }
 
-// ---- blocks that work on one tile after another --------------------------------------------------------------------
-
-// RingPlace in one register: how often it advanced.
-template <int kStages>
-struct CountedPlace {
-  uint32_t count = 0;
-  __device__ int stage() const { return static_cast<int>(count % kStages); }
-  __device__ int parity() const { return static_cast<int>(count / kStages % 2); }
-  __device__ void advance() { ++count; }
-};
-
-// Which work comes next, for the one thread that asks: from a counter that all blocks share, fetched while the work
-// before is under way, or, without a counter, the block's own index alone.
-struct Tickets {
-  int* counter;
-  int total, next;
-
-  __device__ Tickets(int* counter, int total)
-      : counter(counter), total(total), next(counter ? atomicAdd(counter, 1) : static_cast<int>(blockIdx.x)) {}
-  __device__ int take() {  // total or more: none is left
-    const int now = next;
-    next = counter ? atomicAdd(counter, 1) : total;
-    return now;
-  }
-};
-
 // ---- two numbers a query row ----------------------------------------------------------------------------------------
 
 // Of a query row; +inf as lse where it passes no gradient: its weights are then 2^-inf = 0. Each sequence's rows begin
@@ -183,6 +181,12 @@ __device__ inline TokenTile slot_place(const AttentionParams& p, int64_t slot) {
 __device__ inline int* counters_of(const AttentionParams& p) {
   const int64_t rows = p.Hq * slots_of_head(p.B, p.Tq, p.first_q != nullptr) * kSlotRows;
   return reinterpret_cast<int*>(p.workspace + 2 * rows);
+}
+
+// What the mask does to each tile (mask_classes.h), where a mask is: behind the counters.
+__host__ __device__ inline uint8_t* mask_classes_of(const AttentionParams& p) {
+  const int64_t rows = p.Hq * slots_of_head(p.B, p.Tq, p.first_q != nullptr) * kSlotRows;
+  return reinterpret_cast<uint8_t*>(p.workspace + 2 * rows + kCounters);
 }
 
 constexpr int kSlotThreads = 256;

@@ -20,10 +20,11 @@
 
 namespace llmfast::cuda {
 
-template <int kD_, int kQueries_, int kStages_, bool kOrdered_>
+template <int kD_, int kQueries_, int kStages_, bool kOrdered_, Overlap kOverlap_ = Overlap::sums>
 struct JointLayout {
   static constexpr int kD = kD_, kQueries = kQueries_, kStages = kStages_, kInspectors = 1;
   static constexpr bool kOrdered = kOrdered_, kDescends = kOrdered;
+  static constexpr Overlap kOverlap = kOverlap_;
   using Own = SlabTile<kOwnRows, kD>;
   using Other = SlabTile<kQueries, kD>;
   using Scores = SlabTile<kOwnRows, kQueries>;  // of keys and queries
@@ -37,7 +38,7 @@ struct JointLayout {
   static constexpr int kPoisonAt = kStatisticsAt + kStages * kStatisticsBytes;
   static constexpr int kBarriersAt = kPoisonAt + kOwnRows * 4, kBarriers = 9 + 3 * kStages;
   static constexpr int kWorkAt = kBarriersAt + 8 * (kBarriers + 1) / 16 * 16, kWorkBytes = 128;
-  static constexpr int kBytes = kWorkAt + kWorkBytes + kSharedAlignment;
+  static constexpr int kScratchAt = kWorkAt + kWorkBytes, kBytes = kScratchAt + kScratchBytes + kSharedAlignment;
   static_assert(kBytes <= 232448 && kSlotRows % kQueries == 0);
 
   char* bytes;
@@ -50,6 +51,7 @@ struct JointLayout {
   __device__ uint32_t share(int warpgroup) const { return base + kSharesAt + warpgroup * kShareBytes; }
   __device__ uint32_t statistics(int stage) const { return base + kStatisticsAt + stage * kStatisticsBytes; }
   __device__ uint32_t poison() const { return base + kPoisonAt; }
+  __device__ uint32_t scratch() const { return base + kScratchAt; }
   __device__ uint32_t barrier(int i) const { return base + kBarriersAt + 8 * i; }
   __device__ uint32_t own() const { return barrier(0); }
   __device__ uint32_t scores_full(int buffer) const { return barrier(1 + buffer); }
@@ -158,7 +160,7 @@ __device__ __forceinline__ void consume_jointly(const AttentionBackwardParams& p
   const int warpgroup = uniform(thread() / kWarpgroup), first_row = warpgroup * 64, my_row = warp() * 16;
   const int my_column = lane() % 4 * 2;
   const int first_tile = uniform(w.tile(shared, 0)), tiles = uniform(w.end_tile - w.first_tile);
-  const int steps = uniform(w.steps());
+  const int steps = uniform(w.steps);
   const Span full = {uniform(w.full.begin), uniform(w.full.end)};
   const uint32_t ready = w.inspects ? shared.inspected(0) : shared.full(0);
   const ScoreScale scale(p);
@@ -188,11 +190,10 @@ __device__ __forceinline__ void consume_jointly(const AttentionBackwardParams& p
   for (int step = 0; step < steps; ++step) {
     const int stage = place.stage, buffer = step % 2, round = step / 2 % 2;
     const auto queries = shared.queries(stage), grad_out = shared.grad_out(stage);
-    const uint32_t statistics = shared.statistics(stage) + my_column * static_cast<int>(sizeof(QueryStatistics));
     const Span visible[2] = {{mine[0].begin - first - my_column, mine[0].end - first - my_column},
                              {mine[1].begin - first - my_column, mine[1].end - first - my_column}};
-    float scores[kQueries / 2], products[kQueries / 2], kept[kQueries / 2];
-    uint32_t weights[kQueries / 16][4], gradients[kQueries / 16][4];
+    float scores[kQueries / 2], products[kQueries / 2];
+    constexpr uint32_t hidden[kQueries / 64] = {};  // by a mask: there is none
     mbarrier_wait(shared.full(stage), place.parity);
     mbarrier_wait(ready + 8 * stage, place.parity);
     warpgroup_fence();
@@ -200,28 +201,19 @@ __device__ __forceinline__ void consume_jointly(const AttentionBackwardParams& p
     warpgroup_commit();
     start_dots<T>(products, shared.values(), first_row, grad_out);
     warpgroup_commit();
-    warpgroup_wait<1>();  // scores
-    if (first < full.begin || first + kQueries > full.end) {
-      weights_of_scores<Layout, kCapped, true>(scores, kept, statistics, factor, scale, visible);
-      warpgroup_wait<0>();
-      gradients_of_scores<T, Layout, kCapped, true>(kept, products, statistics, scale, visible, weights, gradients);
-    } else {
-      weights_of_scores<Layout, kCapped, false>(scores, kept, statistics, factor, scale, visible);
-      warpgroup_wait<0>();
-      gradients_of_scores<T, Layout, kCapped, false>(kept, products, statistics, scale, visible, weights, gradients);
-    }
     const auto tile_of_scores = shared.scores(buffer);
-    mbarrier_wait(shared.scores_empty(buffer), round ^ 1);
+    const auto share_gradients = [&](const uint32_t (&gradients)[kQueries / 16][4]) {
+      mbarrier_wait(shared.scores_empty(buffer), round ^ 1);
 #pragma unroll
-    for (int k = 0; k < kQueries / 16; ++k)
-      stmatrix_x4(tile_of_scores.chunk(my_row + lane() % 16, 2 * k + lane() / 16), gradients[k]);
-    fence_async_proxy();
-    __syncwarp();
-    if (lane() == 0) mbarrier_arrive(shared.scores_full(buffer));
-    warpgroup_fence();
-    start_weighted_sum<T>(grad_v, weights, grad_out, step > 0);
-    start_weighted_sum<T>(grad_k, gradients, queries, step > 0);
-    warpgroup_commit();
+      for (int k = 0; k < kQueries / 16; ++k)
+        stmatrix_x4(tile_of_scores.chunk(my_row + lane() % 16, 2 * k + lane() / 16), gradients[k]);
+      fence_async_proxy();
+      __syncwarp();
+      if (lane() == 0) mbarrier_arrive(shared.scores_full(buffer));
+    };
+    const bool hides = first < full.begin || first + kQueries > full.end;
+    add_step<T, kCapped>(shared, stage, hides, scores, products, factor, scale, visible, hidden, step > 0, grad_k,
+                         grad_v, share_gradients);
 
     float sums[32];
     mbarrier_wait(shared.scores_full(buffer), round);
@@ -291,14 +283,14 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   if (thread() >= kConsumers * kWarpgroup) {
     registers_shrink<kProducerRegisters>();
     const int worker = warp() - kConsumers * 4;
-    if (worker == 0 && lane() == 0 && work.steps() > 0) {
+    if (worker == 0 && lane() == 0 && work.steps > 0) {
       load_own(p, work, shared, shared.own(), &k_map, &v_map);
       RingPlace<Layout::kStages> place;
-      load_queries(p, work, shared, place, &q_map, &grad_out_map);
+      load_queries<false>(p, work, shared, place, &q_map, &grad_out_map, [](int, int, int, uint8_t) {});
     }
     if (worker == 1) {
       RingPlace<Layout::kStages> place;
-      for (int step = 0; step < work.steps() && work.inspects; ++step, place.advance()) {
+      for (int step = 0; step < work.steps && work.inspects; ++step, place.advance()) {
         mbarrier_wait(shared.full(place.stage), place.parity);
         clear_absent_queries(shared, place.stage, 0);
         __syncwarp();

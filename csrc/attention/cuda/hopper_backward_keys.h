@@ -6,10 +6,11 @@
 // The sums stay in registers from the first tile to the last: no atomics, one order.
 //
 // Shared memory: K and V, a ring of kStages times Q, grad_out and the rows' statistics, and the finished tiles on their
-// way out. Barriers: posted, taken (of a place for work), own_full, own_empty (K and V), and for each stage full (its
-// tiles have come), inspected (rows that pass no gradient are zero) and empty.
+// way out. Tiles whose rows might pass no gradient are inspected: such rows become zeros. With a mask tensor the tiles
+// of queries from which it hides the block's keys are left out, and those that it changes read it element by element.
 #pragma once
-#include "attention/cuda/hopper_backward.h"
+#include "attention/cuda/hopper_backward_ring.h"
+#include "attention/cuda/hopper_backward_step.h"
 
 namespace llmfast::cuda {
 
@@ -20,6 +21,7 @@ struct KeysWork {
   int kv_head, group;
   int first;                 // key
   int first_tile, end_tile;  // of queries
+  int steps;                 // tiles of all heads of the group
   Span full;                 // queries that see all the block's rows of keys
   bool inspects;             // some tile may hold rows that pass no gradient: of another sequence, or that see no key
   bool none;                 // no work is left
@@ -42,13 +44,13 @@ struct KeysWork {
       w.sequence = sequence_of(p, block_sequence), w.first = block_tile * kOwnRows;
     }
     const int Tq = w.sequence.Tq, Tk = w.sequence.Tk, end = w.first + kOwnRows < Tk ? w.first + kOwnRows : Tk;
-    w.first_tile = w.end_tile = 0, w.full = {0, 0}, w.inspects = w.none = false;
+    w.first_tile = w.end_tile = w.steps = 0, w.full = {0, 0}, w.inspects = w.none = false;
     if (w.nothing()) return w;
     const bool others = p.first_k && w.first + kOwnRows > Tk;  // rows of the next sequence, that nothing sees
     if (!others) w.full = w.band(p).seen_by_all(w.first, end);
     const Span seen = tiles_of_block(w.band(p), w.first, end, kQueries);
     if (seen.empty()) return w;
-    w.first_tile = seen.begin, w.end_tile = seen.end;
+    w.first_tile = seen.begin, w.end_tile = seen.end, w.steps = (seen.end - seen.begin) * w.group;
     const int last = w.end_tile * kQueries < Tq ? w.end_tile * kQueries - 1 : Tq - 1;
     const Band keys{Tq, Tk, p.left, p.right};
     w.inspects = (p.first_q && w.end_tile * kQueries > Tq) || keys.keys_of(w.first_tile * kQueries).empty() ||
@@ -60,7 +62,9 @@ struct KeysWork {
   __device__ int tile(Layout, int i) const {
     return Layout::kDescends ? end_tile - 1 - i : first_tile + i;
   }
-  __device__ int steps() const { return (end_tile - first_tile) * group; }
+  __device__ bool hides(int first_query, int queries) const {
+    return first_query < full.begin || first_query + queries > full.end;
+  }
   __device__ bool nothing() const { return first >= sequence.Tk; }
   __device__ Band band(const AttentionParams& p) const {  // of the keys: its keys are our queries
     return Band{sequence.Tq, sequence.Tk, p.left, p.right}.transposed();
@@ -69,78 +73,73 @@ struct KeysWork {
 
 // kDrains: a step ends when its sums are done. Otherwise they go on while the next step's scores begin, which takes
 // registers that a kD of 128 or tiles of 128 do not leave.
-template <int kD_, int kQueries_, int kStages_, bool kDrains_ = true>
-struct KeysLayout {
+template <int kD_, int kQueries_, int kStages_, bool kDrains_ = true, Overlap kOverlap_ = Overlap::sums>
+struct KeysLayout : RingLayout<KeysWork, kStages_, 4 * SlabTile<kOwnRows, kD_>::kBytes + kStages_ * kQueries_ *
+                                                       (4 * kD_ + static_cast<int>(sizeof(QueryStatistics)))> {
   static constexpr bool kDrains = kDrains_, kDescends = false;
-  static constexpr int kInspectors = 3;
-  static constexpr int kD = kD_, kQueries = kQueries_, kStages = kStages_;
+  static constexpr Overlap kOverlap = kOverlap_;
+  static constexpr int kD = kD_, kQueries = kQueries_;
   using Own = SlabTile<kOwnRows, kD>;
   using Other = SlabTile<kQueries, kD>;
   static constexpr int kStatisticsBytes = kQueries * static_cast<int>(sizeof(QueryStatistics));
   static constexpr int kStageBytes = 2 * Other::kBytes + kStatisticsBytes;
-  static constexpr int kOthersAt = 2 * Own::kBytes, kFinishedAt = kOthersAt + 2 * kStages * Other::kBytes;
+  static constexpr int kOthersAt = 2 * Own::kBytes, kFinishedAt = kOthersAt + 2 * kStages_ * Other::kBytes;
   static constexpr int kStatisticsAt = kFinishedAt + 2 * Own::kBytes;
-  static constexpr int kWorkAt = kStatisticsAt + kStages * kStatisticsBytes, kWorkBytes = 128;
-  static constexpr int kBarriersAt = kWorkAt + 2 * kWorkBytes, kBarriers = 6 + 3 * kStages;
-  static constexpr int kBytes = kBarriersAt + 8 * kBarriers + kSharedAlignment;
-  static_assert(kBytes <= 232448 && kSlotRows % kQueries == 0);
+  static_assert(kStatisticsAt + kStages_ * kStatisticsBytes == KeysLayout::kWorkAt && kSlotRows % kQueries == 0);
 
-  char* bytes;
-  uint32_t base;
-  __device__ Own keys() const { return {base}; }
-  __device__ Own values() const { return {base + Own::kBytes}; }
-  __device__ Other queries(int stage) const { return {base + kOthersAt + 2 * stage * Other::kBytes}; }
-  __device__ Other grad_out(int stage) const { return {base + kOthersAt + (2 * stage + 1) * Other::kBytes}; }
-  __device__ Own finished(int which) const { return {base + kFinishedAt + which * Own::kBytes}; }
-  __device__ uint32_t statistics(int stage) const { return base + kStatisticsAt + stage * kStatisticsBytes; }
-  __device__ KeysWork& work(int place) const {
-    static_assert(sizeof(KeysWork) <= kWorkBytes);
-    return *reinterpret_cast<KeysWork*>(bytes + kWorkAt + place * kWorkBytes);
-  }
-  __device__ uint32_t barrier(int i) const { return base + kBarriersAt + 8 * i; }
-  __device__ uint32_t posted(int place) const { return barrier(place); }
-  __device__ uint32_t taken(int place) const { return barrier(2 + place); }
-  __device__ uint32_t own_full() const { return barrier(4); }
-  __device__ uint32_t own_empty() const { return barrier(5); }
-  __device__ uint32_t full(int stage) const { return barrier(6 + stage); }
-  __device__ uint32_t inspected(int stage) const { return barrier(6 + kStages + stage); }
-  __device__ uint32_t empty(int stage) const { return barrier(6 + 2 * kStages + stage); }
-
-  __device__ void initialise_barriers() const {
-    for (int place = 0; place < 2; ++place) {
-      mbarrier_init(posted(place), 1);
-      mbarrier_init(taken(place), kConsumerWarps + kInspectors);
-    }
-    mbarrier_init(own_full(), 1);
-    mbarrier_init(own_empty(), kConsumerWarps);
-    for (int stage = 0; stage < kStages; ++stage) {
-      mbarrier_init(full(stage), 1);
-      mbarrier_init(inspected(stage), kInspectors);
-      mbarrier_init(empty(stage), kConsumerWarps + kInspectors);
-    }
-    mbarrier_init_fence();
-  }
+  __device__ Own keys() const { return {this->base}; }
+  __device__ Own values() const { return {this->base + Own::kBytes}; }
+  __device__ Other queries(int stage) const { return {this->base + kOthersAt + 2 * stage * Other::kBytes}; }
+  __device__ Other grad_out(int stage) const { return {this->base + kOthersAt + (2 * stage + 1) * Other::kBytes}; }
+  __device__ Own finished(int which) const { return {this->base + kFinishedAt + which * Own::kBytes}; }
+  __device__ uint32_t statistics(int stage) const { return this->base + kStatisticsAt + stage * kStatisticsBytes; }
 };
 
-template <class Layout, class Place>
-__device__ void load_queries(const AttentionParams& p, const KeysWork& w, Layout shared, Place& place,
-                             const TensorMap* q_map, const TensorMap* grad_out_map) {
+// The classes of a head's tiles of queries for the block's keys.
+__device__ inline Classes classes_of_keys(const AttentionParams& p, const KeysWork& w, int head) {
+  const MaskClasses c(p);
+  return c.of_keys(mask_classes_of(p), c.plane(static_cast<int>(w.sequence.index), head), w.first / kOwnRows);
+}
+
+// Asks for the tiles of queries, in order; note(stage, head, first, class) comes before a tile's copies.
+template <bool kMasked, class Layout, class Place, class Note>
+__device__ __forceinline__ void load_queries(const AttentionParams& p, const KeysWork& w, Layout shared, Place& place,
+                                             const TensorMap* q_map, const TensorMap* grad_out_map, const Note& note) {
   const int sequence = p.first_q ? 0 : static_cast<int>(w.sequence.index);
   const int first_q = static_cast<int>(w.sequence.first_q), tiles = w.end_tile - w.first_tile;
   const int first_head = w.kv_head * w.group, end_head = first_head + w.group;
 #pragma unroll 1
   for (int head = first_head; head < end_head; ++head) {
     const QueryStatistics* const statistics = slots_of(p, head, w.sequence);
+    const Classes classes = kMasked ? classes_of_keys(p, w, head) : Classes{nullptr, 0};
 #pragma unroll 1
-    for (int i = 0; i < tiles; ++i, place.advance()) {
+    for (int i = 0; i < tiles; ++i) {
       const int stage = place.stage, first = w.tile(shared, i) * Layout::kQueries;
+      const uint8_t found = classes.of_token(first);
+      if (kMasked && !(found & kShows)) continue;
       mbarrier_wait(shared.empty(stage), place.parity ^ 1);
+      note(stage, head, first, found);
       mbarrier_arrive_expect(shared.full(stage), Layout::kStageBytes);
       shared.queries(stage).load(q_map, shared.full(stage), first_q + first, head, sequence);
       bulk_load_bytes(shared.statistics(stage), statistics + first, Layout::kStatisticsBytes, shared.full(stage));
       shared.grad_out(stage).load(grad_out_map, shared.full(stage), first_q + first, head, sequence);
+      place.advance();
     }
   }
+}
+
+// How many tiles the mask leaves.
+template <class Layout>
+__device__ int shown_steps(const AttentionParams& p, const KeysWork& w, Layout) {
+  int steps = 0;
+#pragma unroll 1
+  for (int head = w.kv_head * w.group; head < (w.kv_head + 1) * w.group; ++head) {
+    const Classes classes = classes_of_keys(p, w, head);
+#pragma unroll 4
+    for (int tile = w.first_tile; tile < w.end_tile; ++tile)
+      steps += (classes.of_token(tile * Layout::kQueries) & kShows) != 0;
+  }
+  return steps;
 }
 
 template <class Layout>
@@ -168,115 +167,34 @@ __device__ void clear_absent_queries(Layout shared, int stage, int inspector) {
   fence_async_proxy();
 }
 
-// Scores to weights, and weights and products to gradients of scores; columns are queries, and with kHides those
-// outside a row's range get zeros. `factor`: of a row's products. `kept`: the weights, or with kCapped
-// tanh(score / cap). Registers of products are only read: ptxas serialises products whose accumulators other
-// instructions write while some are under way.
-template <class Layout, bool kCapped, bool kHides>
-__device__ __forceinline__ void weights_of_scores(const float (&scores)[Layout::kQueries / 2],
-                                                  float (&kept)[Layout::kQueries / 2], uint32_t statistics,
-                                                  const float (&factor)[2], const ScoreScale& scale,
-                                                  const Span (&visible)[2]) {
-#pragma unroll
-  for (int j = 0; j < Layout::kQueries / 8; ++j) {
-    const Bytes16 pair = load_shared(statistics + j * 64);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float lse = __uint_as_float(pair.word[i % 2 * 2]);
-      float& result = kept[4 * j + i];
-      if (kCapped) {
-        result = tanh_of(scores[4 * j + i] * factor[i / 2]);
-      } else {
-        result = exp2_approx(fmaf(scores[4 * j + i], factor[i / 2], -lse));
-        if (kHides && !visible[i / 2].has(8 * j + i % 2)) result = 0.0f;
-      }
-    }
-  }
-}
-
-template <class T, class Layout, bool kCapped, bool kHides>
-__device__ __forceinline__ void gradients_of_scores(const float (&kept)[Layout::kQueries / 2],
-                                                    const float (&products)[Layout::kQueries / 2], uint32_t statistics,
-                                                    const ScoreScale& scale, const Span (&visible)[2],
-                                                    uint32_t (&packed_weights)[Layout::kQueries / 16][4],
-                                                    uint32_t (&packed_gradients)[Layout::kQueries / 16][4]) {
-#pragma unroll
-  for (int j = 0; j < Layout::kQueries / 8; ++j) {
-    const Bytes16 pair = load_shared(statistics + j * 64);
-    float weights[4], gradients[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float lse = __uint_as_float(pair.word[i % 2 * 2]), delta = __uint_as_float(pair.word[i % 2 * 2 + 1]);
-      const float before = kept[4 * j + i];
-      const bool hidden = kHides && !visible[i / 2].has(8 * j + i % 2);
-      weights[i] = kCapped ? (hidden ? 0.0f : exp2_approx(fmaf(before, scale.cap, -lse))) : before;
-      gradients[i] = weights[i] * (products[4 * j + i] - delta);
-      if (kCapped) gradients[i] *= fmaf(-before, before, 1.0f);
-      if (hidden) gradients[i] = 0.0f;
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      packed_weights[j / 2][j % 2 * 2 + half] = pack_pair<T>(weights[2 * half], weights[2 * half + 1]);
-      packed_gradients[j / 2][j % 2 * 2 + half] = pack_pair<T>(gradients[2 * half], gradients[2 * half + 1]);
-    }
-  }
-}
-
 // ---- roles ----------------------------------------------------------------------------------------------------------
 
-template <class Layout>
-__device__ void produce_queries(const AttentionParams& p, Layout shared, int* counter, int tiles,
-                                const TensorMap* k_map, const TensorMap* v_map, const TensorMap* q_map,
-                                const TensorMap* grad_out_map) {
-  const int total = tiles * static_cast<int>(p.Hkv * (p.first_q ? 1 : p.B));
-  Tickets tickets(counter, total);
-  RingPlace<Layout::kStages> place;
-  RingPlace<2> post;
-  int own_parity = 1;
-  for (bool none = false; !none;) {
-    const int ticket = tickets.take();
-    none = ticket >= total;
-    const KeysWork w = KeysWork::of(p, shared, none ? 0 : ticket, tiles);
-    if (!none && w.nothing()) continue;
-    mbarrier_wait(shared.taken(post.stage), post.parity ^ 1);
-    shared.work(post.stage) = w;
-    shared.work(post.stage).none = none;
-    mbarrier_arrive(shared.posted(post.stage));
-    post.advance();
-    if (none || w.steps() == 0) continue;
-    mbarrier_wait(shared.own_empty(), own_parity);
-    own_parity ^= 1;
-    load_own(p, w, shared, shared.own_full(), k_map, v_map);
-    load_queries(p, w, shared, place, q_map, grad_out_map);
-  }
+template <bool kMasked, class Layout>
+__device__ __forceinline__ void produce_queries(const AttentionParams& p, Layout shared, int* counter, int tiles,
+                                                const TensorMap* k_map, const TensorMap* v_map, const TensorMap* q_map,
+                                                const TensorMap* grad_out_map) {
+  const auto of = [&](int ticket) {
+    KeysWork w = KeysWork::of(p, shared, ticket, tiles);
+    if (kMasked) w.steps = shown_steps(p, w, shared);
+    return w;
+  };
+  hand_out(shared, counter, tiles * static_cast<int>(p.Hkv * (p.first_q ? 1 : p.B)), of,
+           [&](const KeysWork& w, RingPlace<Layout::kStages>& place) {
+             load_own(p, w, shared, shared.own_full(), k_map, v_map);
+             const auto note = [&](int stage, int head, int first, uint8_t found) {
+               const bool changed = kMasked && (found & kChanges);
+               const bool inspects = w.inspects || changed || (kMasked && w.hides(first, Layout::kQueries));
+               shared.step(stage) = {first, head, changed, inspects};
+             };
+             load_queries<kMasked>(p, w, shared, place, q_map, grad_out_map, note);
+           });
 }
 
-template <class Layout>
-__device__ void inspect_queries(Layout shared, int inspector) {
-  RingPlace<Layout::kStages> place;
-  for (RingPlace<2> post;; post.advance()) {
-    mbarrier_wait(shared.posted(post.stage), post.parity);
-    const bool none = shared.work(post.stage).none, inspects = shared.work(post.stage).inspects;
-    const int steps = shared.work(post.stage).steps();
-    __syncwarp();
-    if (lane() == 0) mbarrier_arrive(shared.taken(post.stage));
-    if (none) return;
-#pragma unroll 1
-    for (int step = 0; step < steps; ++step, place.advance()) {
-      mbarrier_wait(shared.full(place.stage), place.parity);
-      if (inspects) clear_absent_queries(shared, place.stage, inspector);
-      __syncwarp();
-      if (lane() == 0) {
-        if (inspects) mbarrier_arrive(shared.inspected(place.stage));
-        mbarrier_arrive(shared.empty(place.stage));
-      }
-    }
-  }
-}
-
-template <class T, bool kCapped, class Layout>
+template <class T, Scoring kScoring, class Layout>
 __device__ __forceinline__ void consume_queries(const AttentionBackwardParams& p, Layout shared) {
   constexpr int kD = Layout::kD, kQueries = Layout::kQueries;
+  constexpr bool kCapped = kScoring == Scoring::capped, kMasked = is_masked(kScoring);
+  static_assert(!kMasked || Layout::kDrains, "scores that a mask starts are written when nothing is under way");
   const int first_row = uniform(thread() / kWarpgroup) * 64, my_row = warp() * 16;  // of the block's
   const int my_column = lane() % 4 * 2;
   const ScoreScale scale(p);
@@ -288,8 +206,8 @@ __device__ __forceinline__ void consume_queries(const AttentionBackwardParams& p
     mbarrier_wait(shared.posted(post.stage()), post.parity());
     const KeysWork& w = shared.work(post.stage());
     if (uniform(w.none)) return;
-    const int steps = uniform(w.steps());
-    const bool inspects = uniform(w.inspects);
+    const int steps = uniform(w.steps);
+    bool inspects = uniform(w.inspects);
     const Span full = {uniform(w.full.begin), uniform(w.full.end)};
     Span mine[2];
 #pragma unroll
@@ -308,39 +226,34 @@ __device__ __forceinline__ void consume_queries(const AttentionBackwardParams& p
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
       const int stage = place.stage();
-      const auto queries = shared.queries(stage), grad_out = shared.grad_out(stage);
-      const uint32_t statistics = shared.statistics(stage) + my_column * static_cast<int>(sizeof(QueryStatistics));
+      float scores[kQueries / 2], products[kQueries / 2];
+      uint32_t hidden[kQueries / 64] = {};  // by the mask
+      bool changed = false;
+      mbarrier_wait(shared.full(stage), place.parity());
+      if (kMasked) {
+        const RingStep& posted = shared.step(stage);
+        first = uniform(posted.first), inspects = uniform(posted.inspects), changed = uniform(posted.changed);
+        if (changed)
+          read_mask<kScoring, kQueries>(mask_rows<true>(p, w.sequence.index, posted.head, w.first + my_row,
+                                                        w.sequence.Tk - 1, w.sequence.Tq),
+                                        first, p.scale, hidden, scores);
+      }
       const Span visible[2] = {{mine[0].begin - first, mine[0].end - first},
                                {mine[1].begin - first, mine[1].end - first}};
-      float scores[kQueries / 2], products[kQueries / 2], kept[kQueries / 2];
-      uint32_t weights[kQueries / 16][4], gradients[kQueries / 16][4];
-      mbarrier_wait(shared.full(stage), place.parity());
       if (inspects) {
         mbarrier_wait(shared.inspected(stage), inspected_parity >> stage & 1);
         inspected_parity ^= 1u << stage;
       }
       warpgroup_fence();
-      start_dots<T>(scores, shared.keys(), first_row, queries);
+      start_dots<T>(scores, shared.keys(), first_row, shared.queries(stage), kScoring == Scoring::added && changed);
       warpgroup_commit();
       warpgroup_wait<1>();  // the sums of the step before: only now there are registers for the products
       if (!Layout::kDrains && lane() == 0 && previous >= 0) mbarrier_arrive(shared.empty(previous));
-      start_dots<T>(products, shared.values(), first_row, grad_out);
+      start_dots<T>(products, shared.values(), first_row, shared.grad_out(stage));
       warpgroup_commit();
-      warpgroup_wait<1>();  // scores
-      if (first < full.begin || first + kQueries > full.end) {
-        weights_of_scores<Layout, kCapped, true>(scores, kept, statistics, factor, scale, visible);
-        warpgroup_wait<0>();
-        gradients_of_scores<T, Layout, kCapped, true>(kept, products, statistics, scale, visible, weights, gradients);
-      } else {
-        weights_of_scores<Layout, kCapped, false>(scores, kept, statistics, factor, scale, visible);
-        warpgroup_wait<0>();
-        gradients_of_scores<T, Layout, kCapped, false>(kept, products, statistics, scale, visible, weights,
-                                                       gradients);
-      }
-      warpgroup_fence();
-      start_weighted_sum<T>(grad_v, weights, grad_out, step > 0);
-      start_weighted_sum<T>(grad_k, gradients, queries, step > 0);
-      warpgroup_commit();
+      const bool hides = changed || first < full.begin || first + kQueries > full.end;
+      add_step<T, kCapped>(shared, stage, hides, scores, products, factor, scale, visible, hidden, step > 0, grad_k,
+                           grad_v, [](const auto&) {});
       if (Layout::kDrains) {
         warpgroup_wait<0>();
         if (lane() == 0) mbarrier_arrive(shared.empty(stage));
@@ -373,25 +286,27 @@ __device__ __forceinline__ void consume_queries(const AttentionBackwardParams& p
 }
 
 // `counter`: of work, for blocks that take one tile after another; without, a block takes the one of its index.
-template <class T, class Layout, bool kCapped>
+template <class T, class Layout, Scoring kScoring>
 __global__ void __launch_bounds__(kHopperThreads, 1)
     attention_grad_kv_kernel(const AttentionBackwardParams p, const __grid_constant__ TensorMap k_map,
                              const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap q_map,
                              const __grid_constant__ TensorMap grad_out_map, const int tiles, const bool counted) {
   char* const bytes = dynamic_shared<char>();
   const uint32_t skip = -shared_address(bytes) % kSharedAlignment;
-  const Layout shared{bytes + skip, shared_address(bytes) + skip};
+  const Layout shared{{bytes + skip, shared_address(bytes) + skip}};
   if (thread() == 0) shared.initialise_barriers();
   __syncthreads();
   if (thread() >= kConsumers * kWarpgroup) {
     registers_shrink<kProducerRegisters>();
     const int worker = warp() - kConsumers * 4;
-    if (worker > 0) inspect_queries(shared, worker - 1);
+    if (worker > 0)
+      inspect_tiles(shared, [&](int stage) { clear_absent_queries(shared, stage, worker - 1); });
     else if (lane() == 0)
-      produce_queries(p, shared, counted ? counters_of(p) : nullptr, tiles, &k_map, &v_map, &q_map, &grad_out_map);
+      produce_queries<is_masked(kScoring)>(p, shared, counted ? counters_of(p) : nullptr, tiles, &k_map, &v_map,
+                                                   &q_map, &grad_out_map);
   } else {
     registers_grow<kConsumerRegisters>();
-    consume_queries<T, kCapped>(p, shared);
+    consume_queries<T, kScoring>(p, shared);
   }
 }
 
