@@ -143,3 +143,89 @@ def test_autocast_decides_the_dtype(cuda):
     with torch.autocast(x.device.type, torch.bfloat16):
         assert llmfast.linear(x, weight).dtype == torch.bfloat16
     assert llmfast.linear(x, weight).dtype == torch.float32
+
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@on_a_gpu
+@both
+def test_work_goes_to_the_current_stream(name):
+    """The operands are written late, on a side stream: what ran elsewhere would read what was there before."""
+    function, arguments, options = on("cuda", name)
+    expected = results(function, arguments, options)
+    floating = [isinstance(a, torch.Tensor) and a.is_floating_point() for a in arguments]
+    late = [torch.zeros_like(a) if f else a for a, f in zip(arguments, floating)]
+    side = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        for to, a, f in zip(late, arguments, floating):
+            if f:
+                to.copy_(a)
+        out = results(function, late, options)
+    assert not side.query()  # nothing waited for the device
+    side.synchronize()
+    assert_same(out, expected)
+
+
+@on_a_gpu
+@both
+def test_whole_calls_in_a_graph(name):
+    function, arguments, options = on("cuda", name)
+    side = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        results(function, arguments, options)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = results(function, arguments, options)
+    for a in arguments:
+        if isinstance(a, torch.Tensor) and a.is_floating_point():
+            a.normal_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_same(out, results(function, arguments, options))
+
+
+@on_a_gpu
+@both
+def test_no_memory_is_kept(name):
+    case = on("cuda", name)
+    differentiated(*case)
+    before = torch.cuda.memory_allocated()
+    with torch.no_grad():
+        out = results(*case)
+    own = [o for o in out if not any(o is a for a in case[1])]
+    assert torch.cuda.memory_allocated() - before <= sum(-(-o.nbytes // 512) * 512 for o in own)
+    del out, own
+    differentiated(*case)
+    assert torch.cuda.memory_allocated() == before
+
+
+@on_a_gpu
+@both
+def test_tensors_of_another_device_than_the_current_one(name):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device")
+    out, (_, grads) = results(*on("cuda:1", name)), differentiated(*on("cuda:1", name))
+    assert torch.cuda.current_device() == 0
+    assert all(t is None or t.device == torch.device("cuda", 1) for t in (*out, *grads))
+    assert_same([t.to("cuda:0") for t in out], results(*on("cuda:0", name)))
+
+
+@on_a_gpu
+def test_gradients_run_on_the_stream_of_the_forward_pass(cuda, watched):
+    x, weight = torch.zeros(64, 64, device="cuda", requires_grad=True), torch.eye(64, device="cuda")
+    llmfast.linear(x, weight).sum().backward()
+    grad, side = torch.zeros(64, 64, device="cuda"), torch.cuda.Stream()
+    x.grad = None
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        out = llmfast.linear(x, weight)
+        torch.cuda._sleep(50_000_000)
+        grad.fill_(2.0)
+        (found,) = torch.autograd.grad(out, x, grad)
+    side.synchronize()
+    assert (found == 2.0).all() and "linear_gradient" in watched.calls
