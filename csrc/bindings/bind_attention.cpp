@@ -137,9 +137,7 @@ py::object run_forward(const Inputs& in, const TensorView& mask, const Options& 
   return list_of(out, lse, py::make_tuple(to_python(options.left), to_python(options.right), options.scale, options.softcap));
 }
 
-bool is_offsets(const TensorView& t) {
-  return t.defined && t.ndim == 1 && (t.dtype == DType::i32 || t.dtype == DType::i64) && takes_offsets(t);
-}
+bool is_offsets(const TensorView& t) { return t.defined && t.ndim == 1 && (t.dtype == DType::i32 || t.dtype == DType::i64); }
 
 py::object attention_eager(py::handle q, py::handle k, py::handle v, py::handle mask, py::handle causal,
                            py::handle window, py::handle scale, py::handle softcap, bool grad_enabled) {
@@ -162,6 +160,7 @@ py::object varlen_attention_eager(py::handle q, py::handle k, py::handle v, py::
   const TensorView &bounds_q = in.cu_seqlens_q.view, &bounds_k = in.cu_seqlens_k.view;
   if (plain == Plain::no || !heads_fit(in.q.view, in.k.view, in.v.view, 3)) return py::none();
   if (!is_offsets(bounds_q) || !is_offsets(bounds_k) || bounds_q.shape[0] != bounds_k.shape[0]) return py::none();
+  if (!takes_offsets(bounds_q, bounds_k)) return py::none();
   if (!read_options(causal, window, scale, softcap, in.q.view.shape[2], &options)) return py::none();
   return run_forward(in, {}, options, plain);
 }

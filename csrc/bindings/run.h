@@ -32,16 +32,16 @@ void run(const NormParams& params);
 void run(const NormBackwardParams& params);
 void run(const RotaryParams* tensors, int count);
 
-// What kernels of this module take less of than Python's code does, which copies or falls back.
+// What a whole call leaves to Python's code, which copies for the kernels or runs plain torch.
 #ifdef LLMFAST_GPU_KERNELS
 constexpr bool kOnGpu = true;
 #else
 constexpr bool kOnGpu = false;
 #endif
-bool serves(int device);                              // there are kernels for it
-bool takes_vector(const TensorView& vector);          // a bias or a norm's weight, or undefined
+bool serves(int device);                      // there are kernels for it
+bool takes_vector(const TensorView& vector);  // a bias or a norm's weight, or undefined
 bool takes_head_dims(int64_t D, int64_t Dv);
-bool takes_offsets(const TensorView& cu_seqlens);     // of packed sequences
+bool takes_offsets(const TensorView& cu_seqlens_q, const TensorView& cu_seqlens_k);
 
 // Contiguous floats on the device of `like` that nobody wants to keep: until the next call of an op in this thread, or
 // for as long as `owner` lives.

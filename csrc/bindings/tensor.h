@@ -1,5 +1,5 @@
 // torch.Tensor -> TensorView at the Python boundary. `const TensorView&` in a bound function takes a torch.Tensor of the
-// module's device or None (view.defined == false). Read through torch's DLPack exchange API (42 ns a tensor); see tensor.cpp.
+// module's device or None (view.defined == false). Read through torch's DLPack exchange API (42 ns a tensor).
 #pragma once
 #include <pybind11/pybind11.h>
 

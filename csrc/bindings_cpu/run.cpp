@@ -39,7 +39,7 @@ void run(const RotaryParams* tensors, int count) {
 bool serves(int) { return true; }
 bool takes_vector(const TensorView&) { return true; }
 bool takes_head_dims(int64_t, int64_t) { return true; }
-bool takes_offsets(const TensorView&) { return true; }
+bool takes_offsets(const TensorView&, const TensorView&) { return true; }
 
 TensorView scratch_floats(const TensorView&, std::initializer_list<int64_t> shape, py::object*) {
   TensorView view;

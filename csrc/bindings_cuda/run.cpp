@@ -35,6 +35,19 @@ void enqueue(void (*op)(const Params&, const More&..., const Stream&), Params pa
   on_stream_of(tensor, [&](const Stream& stream) { op(params, more..., stream); });
 }
 
+// With int64 offsets, which live as long as `owner`.
+AttentionArguments with_wide_offsets(AttentionArguments a, py::object* owner) {
+  const TensorView q = a.cu_seqlens_q, k = a.cu_seqlens_k;
+  if (!q.defined || q.dtype != DType::i32 || k.dtype != DType::i32) return a;
+  const int64_t count = q.shape[0];
+  TensorView wide;
+  *owner = new_tensor(q, DType::i64, {2, count}, &wide);
+  on_stream_of(q, [&](const Stream& stream) { cuda::widen_offsets(q, k, wide, stream); });
+  a.cu_seqlens_q = {wide.data, DType::i64, 1, true, q.device, {count}, {1}};
+  a.cu_seqlens_k = {wide.as<int64_t>() + count, DType::i64, 1, true, q.device, {count}, {1}};
+  return a;
+}
+
 int64_t rows_of(const TensorView& t) { return t.shape[t.ndim - 1] ? t.numel() / t.shape[t.ndim - 1] : 0; }
 
 }  // namespace
@@ -44,7 +57,8 @@ void run(const AttentionArguments& a) {
   const int64_t floats = packed ? 0
                                 : cuda::attention_workspace(a.q.shape[0], a.q.shape[1], a.k.shape[1], a.q.shape[2],
                                                             a.k.shape[2], a.v.shape[3]);
-  enqueue<AttentionArguments>(attention_forward, a, a.q, floats);
+  py::object owner;
+  enqueue<AttentionArguments>(attention_forward, with_wide_offsets(a, &owner), a.q, floats);
 }
 
 void run(const AttentionArguments& a, const AttentionGradients& g) {
@@ -52,7 +66,8 @@ void run(const AttentionArguments& a, const AttentionGradients& g) {
   const bool packed = a.cu_seqlens_q.defined;
   const int64_t sums = packed ? 0 : cuda::attention_backward_sums(p, a.q.device);
   const int64_t floats = cuda::attention_backward_workspace(p.B, p.Hq, p.Tq, packed) + sums;
-  enqueue<AttentionArguments, AttentionGradients>(attention_backward, a, a.q, floats, g);
+  py::object owner;
+  enqueue<AttentionArguments, AttentionGradients>(attention_backward, with_wide_offsets(a, &owner), a.q, floats, g);
 }
 
 void run(const EmbeddingParams& p) {
@@ -130,7 +145,9 @@ bool serves(int device) {
 
 bool takes_vector(const TensorView& vector) { return vector.contiguous(); }
 bool takes_head_dims(int64_t D, int64_t Dv) { return D <= cuda::kMostHeadDim && Dv <= cuda::kMostHeadDim; }
-bool takes_offsets(const TensorView& cu_seqlens) { return cu_seqlens.dtype == DType::i64 && cu_seqlens.contiguous(); }
+bool takes_offsets(const TensorView& q, const TensorView& k) {
+  return q.dtype == k.dtype && q.contiguous() && k.contiguous();
+}
 
 TensorView scratch_floats(const TensorView& like, std::initializer_list<int64_t> shape, py::object* owner) {
   TensorView view;
