@@ -81,7 +81,7 @@ SUFFIX_TARGETS = {
 }
 
 # Of `_cuda` alone; all other .cpp files belong to `_cpu`, and both have core/check.cpp and *_checks.cpp.
-CUDA_ONLY = ("bindings_cuda/*.cpp", "core/cuda_*.cpp", "ptx/emulated/*.cpp", "**/*_cuda.cpp")
+CUDA_ONLY = ("core/cuda_*.cpp", "ptx/emulated/*.cpp", "**/*_cuda.cpp")
 CUDA_ARCHS = [arch for arch in os.environ.get("LLMFAST_CUDA_ARCHS", "80;90a").split(";") if arch]
 CUDA_DEFINES = ["-DLLMFAST_TARGET=cuda", *(["-DLLMFAST_SM90A"] if "90a" in CUDA_ARCHS else [])]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
@@ -138,7 +138,7 @@ def linked_pybind11(build_dir: Path) -> Path:
 
 
 def bindings(build_dir: Path, sources: list[Path]):
-    """Bindings are one translation unit: nearly all of their compile time is pybind11's headers, nine times over."""
+    """Bindings are one translation unit: nearly all of their compile time is pybind11's headers, a dozen times over."""
     all_of_them = build_dir / "bindings.cpp"
     includes = sorted(path.relative_to(CSRC) for path in sources)
     write_if_changed(all_of_them, "".join(f'#include "{path.as_posix()}"\n' for path in includes))
@@ -148,10 +148,10 @@ def bindings(build_dir: Path, sources: list[Path]):
 
 def cpu_objects(build_dir: Path):
     """Yields (source, object, flags) for every object file of `_cpu`."""
-    yield bindings(build_dir, list((CSRC / "bindings").glob("*.cpp")))
+    yield bindings(build_dir, [source for d in ("bindings", "bindings_cpu") for source in (CSRC / d).glob("*.cpp")])
     cuda_only = {source for pattern in CUDA_ONLY for source in CSRC.glob(pattern)}
     for source in sorted(CSRC.rglob("*.cpp")):
-        if source.parent == CSRC / "bindings" or source in cuda_only:
+        if source.parent.name.startswith("bindings") or source in cuda_only:
             continue
         suffix = next((s for s in SUFFIX_TARGETS if source.stem.endswith(s)), None)
         targets = SUFFIX_TARGETS[suffix] if suffix else ["base"]
@@ -180,9 +180,9 @@ def cuda_objects(build_dir: Path):
     """Yields (source, object, flags) for every object file of `_cuda`; .cu files go to nvcc unless emulated."""
     emulated = EMULATED_CUDA_FLAGS if EMULATE_CUDA else []
     tensors = [] if EMULATE_CUDA else ["-DLLMFAST_TENSOR_DEVICE=dlpack::kCuda"]
-    sources = [*(CSRC / "bindings_cuda").glob("*.cpp"), CSRC / "bindings" / "tensor.cpp"]
+    sources = [source for d in ("bindings", "bindings_cuda") for source in (CSRC / d).glob("*.cpp")]
     source, target, flags = bindings(build_dir, sources)
-    yield source, target, [*CUDA_DEFINES, *emulated, *tensors, *flags]
+    yield source, target, [*CUDA_DEFINES, "-DLLMFAST_GPU_KERNELS", *emulated, *tensors, *flags]
     plain = [
         CSRC / "core" / "check.cpp",
         *(p for q in ("core/cuda_*", "**/*_checks", "**/*_cuda") for p in CSRC.glob(f"{q}.cpp")),

@@ -32,6 +32,7 @@ __all__ = [
     "keep_freed_memory",
     "native",
     "native_cuda",
+    "native_for",
     "ops",
     "set_float32_matmul_precision",
     "stream_of",
@@ -42,6 +43,9 @@ ISAS = ("ref", "avx2", "avx512", "avx512bf16", "amx")
 
 # Looked for once, as a file: torch.compile may ask before anything has run.
 _CUDA_WAS_BUILT = importlib.util.find_spec("llmfast._cuda") is not None
+
+# A torch without CUDA has no other tensors than the CPU's, and does not pay for the question.
+_TORCH_HAS_CUDA = torch.version.cuda is not None
 
 _native: ModuleType | None = None
 _native_cuda: ModuleType | None = None
@@ -83,6 +87,11 @@ def native_cuda() -> ModuleType | None:
 
         _native_cuda = _cuda
     return _native_cuda
+
+
+def native_for(tensor: object) -> ModuleType | None:
+    """The compiled module that takes `tensor`: `native_cuda` for one on a GPU, else `native`. Both have the same ops."""
+    return native_cuda() if _TORCH_HAS_CUDA and getattr(tensor, "is_cuda", False) else native()
 
 
 def why_not_native(device: torch.device) -> str | None:

@@ -20,7 +20,6 @@ import torch
 
 from llmfast import backend, optim
 from llmfast.models import gpt
-from llmfast.ops import _native_op
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -69,14 +68,9 @@ def use_device(which: str, arch: str, monkeypatch) -> str:
     module = emulated_module()
     module.set_arch_cap(arch)
     monkeypatch.setattr(backend, "native_cuda", lambda: module)
-    for op in _native_op.NativeOp.all:
-        if op.cuda is not None:
-            monkeypatch.setattr(op, "run", op.cuda)
+    monkeypatch.setattr(backend, "native_for", lambda tensor: module)
     losses = sys.modules["llmfast.ops.linear_cross_entropy"]  # the package has a function of that name
     monkeypatch.setattr(losses, "is_worthwhile", lambda *_: False)  # the CPU's kernel
-    for name, module_of_op in list(sys.modules.items()):
-        if name.startswith("llmfast.ops.") and hasattr(module_of_op, "is_eager"):
-            monkeypatch.setattr(module_of_op, "is_eager", lambda *_: False)  # no shortcut to the CPU's kernels
     monkeypatch.setattr(gpt, "fused_block", lambda *_: None)  # the CPU's
     monkeypatch.setattr(optim, "_step_on_cpu", optim._step_on_gpu)
     monkeypatch.setattr(optim, "_squares_on_cpu", optim._squares_on_gpu)

@@ -148,10 +148,6 @@ def test_memory_is_read_and_written_once(cuda):
 
 def test_native_checks_guard_memory(cuda):
     module = backend.native_cuda()
-    x, out, rstd = random(4, 8, device=cuda), random(4, 8, device=cuda), random(4, device=cuda)
+    x, rstd = random(4, 8, device=cuda), random(4, device=cuda)
     with pytest.raises(ValueError, match="normed: got float32"):
-        module.norm_forward(random(4, 9, device=cuda), None, None, rstd, x, None, None, None, 1e-5, False, 0)
-    with pytest.raises(ValueError, match="workspace: too small"):
-        module.norm_backward(
-            out, None, random(8, device=cuda), None, x, None, x, None, None, rstd, 1e-5, False, None, 0
-        )
+        module.norm_forward(random(4, 9, device=cuda), None, None, rstd, x, None, None, None, 1e-5, False)

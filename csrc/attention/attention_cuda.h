@@ -30,6 +30,9 @@ void attention_backward_sm90a(const AttentionBackwardParams& params, const Strea
 constexpr int64_t kTileDecodeRows = 16;
 void attention_decode_sm80(const AttentionParams& params, const Stream& stream);
 
+// wide [2, B + 1] int64, contiguous, from int32 offsets.
+void widen_offsets(const TensorView& q, const TensorView& k, const TensorView& wide, const Stream& stream);
+
 // Floats of workspace; 0: none.
 int64_t attention_workspace(int64_t B, int64_t Hq, int64_t Hkv, int64_t Tq, int64_t Tk, int64_t Dv);
 int64_t attention_backward_workspace(int64_t B, int64_t Hq, int64_t Tq, bool packed);  // Tq as in AttentionParams

@@ -3,7 +3,6 @@
 
 #include <pybind11/stl.h>
 
-#include "attention/attention.h"
 #include "bindings/bindings.h"
 #include "bindings/eager.h"
 
@@ -77,7 +76,7 @@ bool heads_fit(const TensorView& q, const TensorView& k, const TensorView& v, in
     if (t->stride[rank - 1] != 1 && t->shape[rank - 1] != 1) return false;
   }
   if (!is_floating(q.dtype) || q.shape[rank - 1] != k.shape[rank - 1] || q.shape[1] % k.shape[1]) return false;
-  if (rank == 4 && q.shape[0] != k.shape[0]) return false;
+  if ((rank == 4 && q.shape[0] != k.shape[0]) || !takes_head_dims(q.shape[rank - 1], v.shape[rank - 1])) return false;
   for (int i = 0; i + 1 < rank; ++i)
     if (k.shape[i] != v.shape[i]) return false;
   return true;
@@ -110,7 +109,7 @@ py::object new_heads(const TensorView& x, int64_t D, TensorView* view) {
   const int* nesting = nullptr;
   if (x.ndim == 4 && x.stride[1] < x.stride[2])
     nesting = x.stride[1] <= x.stride[0] && x.stride[0] < x.stride[2] ? kTokensFirst : kTokensBeforeHeads;
-  return new_tensor(x.dtype, shape, x.ndim, view, nesting);
+  return new_tensor(x, x.dtype, shape, x.ndim, view, nesting);
 }
 
 struct Inputs {
@@ -129,15 +128,11 @@ py::object run_forward(const Inputs& in, const TensorView& mask, const Options& 
   TensorView out_view, lse_view;
   py::object lse = py::none(), out = new_heads(q, in.v.view.shape[q.ndim - 1], &out_view);
   const int64_t packed_shape[2] = {q.shape[1], q.shape[0]};
-  if (save) lse = new_tensor(DType::f32, packed ? packed_shape : q.shape, q.ndim - 1, &lse_view);
-  else lse_view = packed ? scratch_floats({q.shape[1], q.shape[0]}) : scratch_floats({q.shape[0], q.shape[1], q.shape[2]});
-  const AttentionArguments all =
-      arguments(out_view, lse_view, q, in.k.view, in.v.view, mask, in.cu_seqlens_q.view, in.cu_seqlens_k.view,
-                options.left, options.right, options.scale, options.softcap);
-  {
-    py::gil_scoped_release release;
-    attention_forward(all);
-  }
+  if (save) lse = new_tensor(q, DType::f32, packed ? packed_shape : q.shape, q.ndim - 1, &lse_view);
+  else if (packed) lse_view = scratch_floats(q, {q.shape[1], q.shape[0]}, &lse);
+  else lse_view = scratch_floats(q, {q.shape[0], q.shape[1], q.shape[2]}, &lse);
+  run(arguments(out_view, lse_view, q, in.k.view, in.v.view, mask, in.cu_seqlens_q.view, in.cu_seqlens_k.view,
+                options.left, options.right, options.scale, options.softcap));
   if (!save) return out;
   return list_of(out, lse, py::make_tuple(to_python(options.left), to_python(options.right), options.scale, options.softcap));
 }
@@ -165,6 +160,7 @@ py::object varlen_attention_eager(py::handle q, py::handle k, py::handle v, py::
   const TensorView &bounds_q = in.cu_seqlens_q.view, &bounds_k = in.cu_seqlens_k.view;
   if (plain == Plain::no || !heads_fit(in.q.view, in.k.view, in.v.view, 3)) return py::none();
   if (!is_offsets(bounds_q) || !is_offsets(bounds_k) || bounds_q.shape[0] != bounds_k.shape[0]) return py::none();
+  if (!takes_offsets(bounds_q, bounds_k)) return py::none();
   if (!read_options(causal, window, scale, softcap, in.q.view.shape[2], &options)) return py::none();
   return run_forward(in, {}, options, plain);
 }
@@ -209,12 +205,9 @@ py::object attention_gradient(py::handle grad, py::handle q, py::handle k, py::h
   grads[0] = new_heads(vq, vq.shape[last], &gradients.grad_q);
   grads[1] = new_heads(vk, vk.shape[last], &gradients.grad_k);
   grads[2] = new_heads(vv, vv.shape[last], &gradients.grad_v);
-  const AttentionArguments all = arguments(to.view, tl.view, vq, vk, vv, full, in.cu_seqlens_q.view,
-                                           in.cu_seqlens_k.view, left, right, scale, softcap);
-  {
-    py::gil_scoped_release release;
-    attention_backward(all, gradients);
-  }
+  run(arguments(to.view, tl.view, vq, vk, vv, full, in.cu_seqlens_q.view, in.cu_seqlens_k.view, left, right, scale,
+                softcap),
+      gradients);
   return grads;
 }
 
@@ -230,21 +223,17 @@ void bind_attention(py::module_& m) {
       [](const TensorView& out, const TensorView& lse, const TensorView& q, const TensorView& k, const TensorView& v,
          const TensorView& mask, const TensorView& cu_seqlens_q, const TensorView& cu_seqlens_k, Distance left,
          Distance right, float scale, float softcap) {
-        attention_forward(
-            arguments(out, lse, q, k, v, mask, cu_seqlens_q, cu_seqlens_k, left, right, scale, softcap));
-      },
-      WithoutGil());
+        run(arguments(out, lse, q, k, v, mask, cu_seqlens_q, cu_seqlens_k, left, right, scale, softcap));
+      });
   m.def(
       "attention_backward",
       [](const TensorView& grad_q, const TensorView& grad_k, const TensorView& grad_v, const TensorView& grad_out,
          const TensorView& out, const TensorView& lse, const TensorView& q, const TensorView& k, const TensorView& v,
          const TensorView& mask, const TensorView& cu_seqlens_q, const TensorView& cu_seqlens_k, Distance left,
          Distance right, float scale, float softcap) {
-        attention_backward(
-            arguments(out, lse, q, k, v, mask, cu_seqlens_q, cu_seqlens_k, left, right, scale, softcap),
+        run(arguments(out, lse, q, k, v, mask, cu_seqlens_q, cu_seqlens_k, left, right, scale, softcap),
             {grad_out, grad_q, grad_k, grad_v});
-      },
-      WithoutGil());
+      });
 }
 
 }  // namespace llmfast

@@ -1,6 +1,5 @@
 #include "bindings/bindings.h"
 #include "bindings/eager.h"
-#include "embedding/embedding.h"
 
 namespace py = pybind11;
 
@@ -51,15 +50,13 @@ py::object embedding_eager(py::handle input_ids, py::handle weight, py::handle p
   for (int i = 0; i < ids.view.ndim; ++i) shape[i] = ids.view.shape[i];
   shape[ids.view.ndim] = C;
   TensorView out_view;
-  py::object out = new_tensor(dtype, shape, ids.view.ndim + 1, &out_view);
-  {
-    py::gil_scoped_release release;
-    embedding_forward({ids.view, table.view, positions.view, where.view, out_view});
-  }
+  py::object out = new_tensor(table.view, dtype, shape, ids.view.ndim + 1, &out_view);
+  run(EmbeddingParams{ids.view, table.view, positions.view, where.view, out_view});
   return plain == Plain::wants_gradient ? py::object(list_of(out)) : out;
 }
 
-// Gradient of a table [rows, C]; without ids, of the rows 0 .. T-1 for each sequence of grad.
+// Gradient of a table [rows, C]; without ids, of the rows 0 .. T-1 for each sequence of grad. A GPU wants ids sorted,
+// which is torch's work.
 py::object embedding_gradient(py::handle grad, py::handle ids, int64_t rows, py::handle torch_dtype) {
   EagerTensor tg(grad), ti(ids);
   DType dtype;
@@ -68,30 +65,27 @@ py::object embedding_gradient(py::handle grad, py::handle ids, int64_t rows, py:
   const TensorView& g = tg.view;
   const int last = g.ndim - 1;
   if (last < 1 || rows < 1 || (g.stride[last] != 1 && g.shape[last] != 1)) return py::none();
-  if (ti.view.defined && !(is_ids(ti.view) && ti.view.ndim == last)) return py::none();
+  if (ti.view.defined && (kOnGpu || !is_ids(ti.view) || ti.view.ndim != last)) return py::none();
   TensorView grad_view;
-  py::object grad_weight = new_tensor(dtype, {rows, g.shape[last]}, &grad_view);
-  py::gil_scoped_release release;
-  embedding_backward({g, ti.view, grad_view});
+  py::object grad_weight = new_tensor(g, dtype, {rows, g.shape[last]}, &grad_view);
+  run(EmbeddingBackwardParams{g, ti.view, grad_view});
   return grad_weight;
 }
 
 }  // namespace
 
 void bind_embedding(py::module_& m) {
+  m.attr("wants_sorted_ids") = kOnGpu;
   m.def("embedding", &embedding_eager);
   m.def("embedding_gradient", &embedding_gradient);
   m.def(
       "embedding_forward",
       [](const TensorView& out, const TensorView& ids, const TensorView& weight, const TensorView& position_weight,
-         const TensorView& position_ids) { embedding_forward({ids, weight, position_weight, position_ids, out}); },
-      WithoutGil());
+         const TensorView& position_ids) { run(EmbeddingParams{ids, weight, position_weight, position_ids, out}); });
   m.def(
       "embedding_backward",
-      [](const TensorView& grad_weight, const TensorView& grad, const TensorView& ids) {
-        embedding_backward({grad, ids, grad_weight});
-      },
-      WithoutGil());
+      [](const TensorView& grad_weight, const TensorView& grad, const TensorView& ids, const TensorView& sorted_ids,
+         const TensorView& order) { run(EmbeddingBackwardParams{grad, ids, grad_weight, sorted_ids, order}); });
 }
 
 }  // namespace llmfast

@@ -1,6 +1,5 @@
 #include "bindings/bindings.h"
 #include "bindings/eager.h"
-#include "ffn/ffn.h"
 
 namespace py = pybind11;
 
@@ -22,20 +21,18 @@ py::object ffn_eager(py::handle x, py::handle up_weight, py::handle up_bias, py:
   if (!is_floating(dtype) || !fits(up.view, F, C) || !fits(gate.view, F, C) || !fits(down.view, C, F) ||
       !fits(up_b.view, F, 0) || !fits(down_b.view, C, 0))
     return py::none();
+  if (!takes_vector(up_b.view) || !takes_vector(down_b.view)) return py::none();
   TensorView rows = tx.view, out_view, up_view, gate_view;
   if (!flatten_rows(&rows)) return py::none();
   const bool save = plain == Plain::wants_gradient;
   py::object out = new_rows(tx.view, C, dtype, &out_view), saved_up = py::none(), saved_gate = py::none();
   if (save) {
-    saved_up = new_tensor(dtype, {rows.shape[0], F}, &up_view);
-    if (gate.view.defined) saved_gate = new_tensor(dtype, {rows.shape[0], F}, &gate_view);
+    saved_up = new_tensor(tx.view, dtype, {rows.shape[0], F}, &up_view);
+    if (gate.view.defined) saved_gate = new_tensor(tx.view, dtype, {rows.shape[0], F}, &gate_view);
   }
   const FfnParams params{rows,     up.view, up_b.view, gate.view, down.view, down_b.view,
                          out_view, up_view, gate_view, static_cast<Activation>(activation)};
-  {
-    py::gil_scoped_release release;
-    ffn_forward(params);
-  }
+  run(params);
   return save ? py::object(list_of(out, saved_up, saved_gate)) : out;
 }
 
@@ -51,15 +48,12 @@ py::object ffn_gradient(py::handle grad, py::handle x, py::handle up_weight, py:
                            {}, {}, {}, {},   {},        {},          static_cast<Activation>(activation)};
   py::tuple grads = no_gradients(needs);
   if (is_needed(needs, 0)) grads[0] = new_rows(tx.view, C, dtype, &params.grad_x);
-  if (is_needed(needs, 1)) grads[1] = new_tensor(dtype, {F, C}, &params.grad_up_weight);
-  if (is_needed(needs, 2)) grads[2] = new_tensor(dtype, {F}, &params.grad_up_bias);
-  if (is_needed(needs, 3)) grads[3] = new_tensor(dtype, {F, C}, &params.grad_gate_weight);
-  if (is_needed(needs, 4)) grads[4] = new_tensor(dtype, {C, F}, &params.grad_down_weight);
-  if (is_needed(needs, 5)) grads[5] = new_tensor(dtype, {C}, &params.grad_down_bias);
-  {
-    py::gil_scoped_release release;
-    ffn_backward(params);
-  }
+  if (is_needed(needs, 1)) grads[1] = new_tensor(tx.view, dtype, {F, C}, &params.grad_up_weight);
+  if (is_needed(needs, 2)) grads[2] = new_tensor(tx.view, dtype, {F}, &params.grad_up_bias);
+  if (is_needed(needs, 3)) grads[3] = new_tensor(tx.view, dtype, {F, C}, &params.grad_gate_weight);
+  if (is_needed(needs, 4)) grads[4] = new_tensor(tx.view, dtype, {C, F}, &params.grad_down_weight);
+  if (is_needed(needs, 5)) grads[5] = new_tensor(tx.view, dtype, {C}, &params.grad_down_bias);
+  run(params);
   return grads;
 }
 
@@ -73,20 +67,19 @@ void bind_ffn(py::module_& m) {
       [](const TensorView& out, const TensorView& up, const TensorView& gate, const TensorView& x,
          const TensorView& up_weight, const TensorView& up_bias, const TensorView& gate_weight,
          const TensorView& down_weight, const TensorView& down_bias, int activation) {
-        ffn_forward({x, up_weight, up_bias, gate_weight, down_weight, down_bias, out, up, gate,
-                     static_cast<Activation>(activation)});
-      },
-      WithoutGil());
+        run(FfnParams{x, up_weight, up_bias, gate_weight, down_weight, down_bias, out, up, gate,
+                      static_cast<Activation>(activation)});
+      });
   m.def(
       "ffn_backward",
       [](const TensorView& grad_x, const TensorView& grad_up_weight, const TensorView& grad_up_bias,
          const TensorView& grad_gate_weight, const TensorView& grad_down_weight, const TensorView& grad_down_bias,
          const TensorView& grad, const TensorView& x, const TensorView& up_weight, const TensorView& gate_weight,
          const TensorView& down_weight, const TensorView& up, const TensorView& gate, int activation) {
-        ffn_backward({grad, x, up_weight, gate_weight, down_weight, up, gate, grad_x, grad_up_weight, grad_up_bias,
-                      grad_gate_weight, grad_down_weight, grad_down_bias, static_cast<Activation>(activation)});
-      },
-      WithoutGil());
+        run(FfnBackwardParams{grad, x, up_weight, gate_weight, down_weight, up, gate, grad_x, grad_up_weight,
+                              grad_up_bias, grad_gate_weight, grad_down_weight, grad_down_bias,
+                              static_cast<Activation>(activation)});
+      });
 }
 
 }  // namespace llmfast

@@ -1,6 +1,5 @@
 #include "bindings/bindings.h"
 #include "bindings/eager.h"
-#include "linear/linear.h"
 
 namespace py = pybind11;
 
@@ -17,14 +16,11 @@ py::object linear_eager(py::handle x, py::handle weight, py::handle bias, bool g
   if (w.ndim != 2 || last < 0 || w.shape[1] != tx.view.shape[last] || w.dtype != tx.view.dtype) return py::none();
   if (!is_floating(w.dtype)) return py::none();
   if (tb.view.defined && (tb.view.ndim != 1 || tb.view.shape[0] != w.shape[0] || tb.view.dtype != w.dtype)) return py::none();
+  if (!takes_vector(tb.view)) return py::none();
   TensorView rows = tx.view, out_view;
   if (!flatten_rows(&rows)) return py::none();
   py::object out = new_rows(tx.view, w.shape[0], w.dtype, &out_view);
-  const LinearParams params{rows, w, tb.view, out_view};
-  {
-    py::gil_scoped_release release;
-    linear_forward(params);
-  }
+  run(LinearParams{rows, w, tb.view, out_view});
   return plain == Plain::wants_gradient ? py::object(list_of(out)) : out;
 }
 
@@ -39,12 +35,9 @@ py::object linear_gradient(py::handle grad, py::handle x, py::handle weight, con
   LinearBackwardParams params{grad_rows, rows, tw.view, {}, {}, {}};
   py::tuple grads = no_gradients(needs);
   if (is_needed(needs, 0)) grads[0] = new_rows(tx.view, K, dtype, &params.grad_x);
-  if (is_needed(needs, 1)) grads[1] = new_tensor(dtype, {N, K}, &params.grad_weight);
-  if (is_needed(needs, 2)) grads[2] = new_tensor(dtype, {N}, &params.grad_bias);
-  {
-    py::gil_scoped_release release;
-    linear_backward(params);
-  }
+  if (is_needed(needs, 1)) grads[1] = new_tensor(tx.view, dtype, {N, K}, &params.grad_weight);
+  if (is_needed(needs, 2)) grads[2] = new_tensor(tx.view, dtype, {N}, &params.grad_bias);
+  run(params);
   return grads;
 }
 
@@ -53,21 +46,17 @@ py::object linear_gradient(py::handle grad, py::handle x, py::handle weight, con
 void bind_linear(py::module_& m) {
   m.def("linear", &linear_eager);
   m.def("linear_gradient", &linear_gradient);
-  m.def("set_float32_products_split", &set_float32_products_split);
-  m.def("float32_products_split", &float32_products_split);
   m.def(
       "linear_forward",
       [](const TensorView& out, const TensorView& x, const TensorView& weight, const TensorView& bias) {
-        linear_forward({x, weight, bias, out});
-      },
-      WithoutGil());
+        run(LinearParams{x, weight, bias, out});
+      });
   m.def(
       "linear_backward",
       [](const TensorView& grad_x, const TensorView& grad_weight, const TensorView& grad_bias, const TensorView& grad,
          const TensorView& x, const TensorView& weight) {
-        linear_backward({grad, x, weight, grad_x, grad_weight, grad_bias});
-      },
-      WithoutGil());
+        run(LinearBackwardParams{grad, x, weight, grad_x, grad_weight, grad_bias});
+      });
 }
 
 }  // namespace llmfast

@@ -1,8 +1,5 @@
-#include <algorithm>
-
 #include "bindings/bindings.h"
 #include "bindings/eager.h"
-#include "linear_cross_entropy/linear_cross_entropy.h"
 
 namespace py = pybind11;
 
@@ -16,8 +13,13 @@ bool read_targets(const TensorView& x, const TensorView& weight, const TensorVie
   if (target.dtype != DType::i64 || !target.contiguous()) return false;
   for (int i = 0; i < target.ndim; ++i)
     if (target.shape[i] != x.shape[i]) return false;
-  *targets = {target.data, DType::i64, 1, true, 0, {target.numel()}, {1}};
+  *targets = {target.data, DType::i64, 1, true, target.device, {target.numel()}, {1}};
   return true;
+}
+
+// data as a vector of M floats on the device of `like`.
+TensorView floats_at(const TensorView& like, void* data, int64_t M) {
+  return {data, DType::f32, 1, true, like.device, {M}, {1}};
 }
 
 enum class Reduction { none, sum, mean };
@@ -27,18 +29,6 @@ bool read_reduction(py::handle name, Reduction* reduction) {
   const auto is = [&](const char* word) { return PyUnicode_CompareWithASCIIString(name.ptr(), word) == 0; };
   *reduction = is("mean") ? Reduction::mean : is("sum") ? Reduction::sum : Reduction::none;
   return *reduction != Reduction::none || is("none");
-}
-
-float count_targets(const TensorView& targets, int64_t ignore_index) {
-  int64_t count = 0;
-  for (int64_t m = 0; m < targets.shape[0]; ++m) count += targets.as<int64_t>()[m] != ignore_index;
-  return static_cast<float>(count);
-}
-
-float reduced(const TensorView& losses, const TensorView& targets, int64_t ignore_index, Reduction reduction) {
-  double sum = 0;
-  for (int64_t m = 0; m < losses.shape[0]; ++m) sum += losses.as<float>()[m];
-  return static_cast<float>(sum) / (reduction == Reduction::mean ? count_targets(targets, ignore_index) : 1.0f);
 }
 
 // The loss or [loss, lse].
@@ -52,19 +42,18 @@ py::object cross_entropy_eager(py::handle x, py::handle weight, py::handle targe
   if (!flatten_rows(&rows) || !read_reduction(reduction_name, &reduction)) return py::none();
   const int64_t M = rows.shape[0];
   const bool save = plain == Plain::wants_gradient, separate = reduction == Reduction::none;
-  const TensorView scratch = scratch_floats({2, M});
-  const TensorView first_row{scratch.data, DType::f32, 1, true, 0, {M}, {1}};
-  const TensorView second_row{scratch.as<float>() + M, DType::f32, 1, true, 0, {M}, {1}};
-  TensorView loss_view, lse_view = second_row;
-  py::object lse = py::none();
-  py::object loss = new_tensor(DType::f32, tt.view.shape, separate ? tt.view.ndim : 0, &loss_view);
-  if (save) lse = new_tensor(DType::f32, {M}, &lse_view);
-  const TensorView losses = separate ? TensorView{loss_view.data, DType::f32, 1, true, 0, {M}, {1}} : first_row;
-  {
-    py::gil_scoped_release release;
-    linear_cross_entropy_forward({rows, tw.view, targets, losses, lse_view, ignore_index});
-    if (!separate) *loss_view.as<float>() = reduced(losses, targets, ignore_index, reduction);
+  TensorView loss_view, lse_view, losses;
+  py::object lse = py::none(), owner;
+  py::object loss = new_tensor(rows, DType::f32, tt.view.shape, separate ? tt.view.ndim : 0, &loss_view);
+  if (!save || !separate) {
+    const TensorView scratch = scratch_floats(rows, {2, M}, &owner);
+    losses = floats_at(rows, scratch.data, M);
+    lse_view = floats_at(rows, scratch.as<float>() + M, M);
   }
+  if (separate) losses = floats_at(rows, loss_view.data, M);
+  if (save) lse = new_tensor(rows, DType::f32, {M}, &lse_view);
+  run(LinearCrossEntropyParams{rows, tw.view, targets, losses, lse_view, ignore_index});
+  if (!separate) run(LossReductionParams{losses, targets, loss_view, ignore_index, reduction == Reduction::mean});
   return save ? py::object(list_of(loss, lse)) : loss;
 }
 
@@ -82,18 +71,15 @@ py::object cross_entropy_gradient(py::handle grad, py::handle x, py::handle weig
   LinearCrossEntropyBackwardParams params{{}, rows, tw.view, targets, tl.view, {}, {}, ignore_index};
   py::tuple grads = no_gradients(needs);
   if (is_needed(needs, 0)) grads[0] = new_rows(tx.view, rows.shape[1], rows.dtype, &params.grad_x);
-  if (is_needed(needs, 1)) grads[1] = new_tensor(rows.dtype, {tw.view.shape[0], tw.view.shape[1]}, &params.grad_weight);
-  {
-    py::gil_scoped_release release;
-    if (reduction == Reduction::none) {
-      params.grad = {tg.view.data, DType::f32, 1, true, 0, {M}, {1}};
-    } else {
-      params.grad = scratch_floats({M});
-      const float count = reduction == Reduction::mean ? count_targets(targets, ignore_index) : 1.0f;
-      std::fill_n(params.grad.as<float>(), M, *tg.view.as<float>() / count);
-    }
-    linear_cross_entropy_backward(params);
+  if (is_needed(needs, 1)) grads[1] = new_tensor(rows, rows.dtype, {tw.view.shape[0], tw.view.shape[1]}, &params.grad_weight);
+  py::object owner;
+  if (reduction == Reduction::none) {
+    params.grad = floats_at(rows, tg.view.data, M);
+  } else {
+    params.grad = scratch_floats(rows, {M}, &owner);
+    run(LossGradientParams{tg.view, targets, params.grad, ignore_index, reduction == Reduction::mean});
   }
+  run(params);
   return grads;
 }
 
@@ -106,24 +92,14 @@ void bind_linear_cross_entropy(py::module_& m) {
       "linear_cross_entropy_forward",
       [](const TensorView& losses, const TensorView& lse, const TensorView& x, const TensorView& weight,
          const TensorView& target, int64_t ignore_index) {
-        linear_cross_entropy_forward({x, weight, target, losses, lse, ignore_index});
-      },
-      WithoutGil());
+        run(LinearCrossEntropyParams{x, weight, target, losses, lse, ignore_index});
+      });
   m.def(
       "linear_cross_entropy_backward",
       [](const TensorView& grad_x, const TensorView& grad_weight, const TensorView& grad, const TensorView& x,
          const TensorView& weight, const TensorView& target, const TensorView& lse, int64_t ignore_index) {
-        linear_cross_entropy_backward({grad, x, weight, target, lse, grad_x, grad_weight, ignore_index});
-      },
-      WithoutGil());
-  m.def(
-      "linear_cross_entropy_joint",
-      [](const TensorView& loss, const TensorView& grad_x, const TensorView& grad_weight, const TensorView& x,
-         const TensorView& weight, const TensorView& target, int64_t ignore_index, bool mean,
-         int64_t rows, const TensorView& workspace) {
-        linear_cross_entropy_joint({x, weight, target, loss, grad_x, grad_weight, ignore_index, mean, rows, workspace});
-      },
-      WithoutGil());
+        run(LinearCrossEntropyBackwardParams{grad, x, weight, target, lse, grad_x, grad_weight, ignore_index});
+      });
 }
 
 }  // namespace llmfast

@@ -1,6 +1,5 @@
 #include "bindings/bindings.h"
 #include "bindings/eager.h"
-#include "norm/norm.h"
 
 namespace py = pybind11;
 
@@ -9,17 +8,17 @@ namespace llmfast {
 namespace {
 
 bool is_vector_or_none(const TensorView& t, int64_t C) {
-  return !t.defined || (is_floating(t.dtype) && t.ndim == 1 && t.shape[0] == C);
+  return !t.defined || (is_floating(t.dtype) && t.ndim == 1 && t.shape[0] == C && takes_vector(t));
 }
 
 void read_statistics(const TensorView& statistics, TensorView* mean, TensorView* rstd) {
   const int64_t M = statistics.shape[1];
   float* values = statistics.as<float>();
   if (statistics.shape[0] == 2) {
-    *mean = {values, DType::f32, 1, true, 0, {M}, {1}};
+    *mean = {values, DType::f32, 1, true, statistics.device, {M}, {1}};
     values += M;
   }
-  *rstd = {values, DType::f32, 1, true, 0, {M}, {1}};
+  *rstd = {values, DType::f32, 1, true, statistics.device, {M}, {1}};
 }
 
 // (normed, summed) or [normed, summed, statistics]; statistics [2, ...] are mean and rstd, [1, ...] rstd alone.
@@ -45,14 +44,10 @@ py::object norm_eager(py::handle x, py::handle residual, py::handle weight, py::
   py::object summed = tr.view.defined ? new_rows(tr.view, C, tr.view.dtype, &summed_view) : py::reinterpret_borrow<py::object>(x);
   py::object statistics = py::none();
   if (save) {
-    statistics = new_tensor(DType::f32, {centred ? 2 : 1, M}, &statistics_view);
+    statistics = new_tensor(tx.view, DType::f32, {centred ? 2 : 1, M}, &statistics_view);
     read_statistics(statistics_view, &mean_view, &rstd_view);
   }
-  const NormParams params{rows, residual_rows, tw.view, tb.view, normed_view, summed_view, mean_view, rstd_view, eps, centred};
-  {
-    py::gil_scoped_release release;
-    norm_forward(params);
-  }
+  run(NormParams{rows, residual_rows, tw.view, tb.view, normed_view, summed_view, mean_view, rstd_view, eps, centred});
   if (save) return list_of(normed, summed, statistics);
   return py::make_tuple(normed, summed);
 }
@@ -66,7 +61,7 @@ py::object norm_gradient(py::handle grad_normed, py::handle grad_summed, py::han
   const bool need_x = is_needed(needs, 0), need_residual = is_needed(needs, 1), need_bias = is_needed(needs, 3);
   DType dtype_of_x, dtype_of_bias = DType::f32;
   if (!ts.view.defined || !tm.view.defined || !read_dtype(x_dtype.ptr(), &dtype_of_x)) return py::none();
-  if (tm.view.ndim != 2 || !tm.view.contiguous()) return py::none();
+  if (tm.view.ndim != 2 || !tm.view.contiguous() || !takes_vector(tw.view)) return py::none();
   if (need_bias && !read_dtype(bias_dtype.ptr(), &dtype_of_bias)) return py::none();
   const int last = ts.view.ndim - 1;
   const int64_t C = ts.view.shape[last];
@@ -83,12 +78,9 @@ py::object norm_gradient(py::handle grad_normed, py::handle grad_summed, py::han
   py::tuple grads = no_gradients(needs);
   if (need_residual || (need_x && !separate_x)) total = new_rows(ts.view, C, ts.view.dtype, &params.grad_total);
   if (separate_x) grads[0] = new_rows(ts.view, C, dtype_of_x, &params.grad_x);
-  if (is_needed(needs, 2)) grads[2] = new_tensor(tw.view.dtype, {C}, &params.grad_weight);
-  if (need_bias) grads[3] = new_tensor(dtype_of_bias, {C}, &params.grad_bias);
-  {
-    py::gil_scoped_release release;
-    norm_backward(params);
-  }
+  if (is_needed(needs, 2)) grads[2] = new_tensor(ts.view, tw.view.dtype, {C}, &params.grad_weight);
+  if (need_bias) grads[3] = new_tensor(ts.view, dtype_of_bias, {C}, &params.grad_bias);
+  run(params);
   if (need_x && !separate_x) grads[0] = total;
   if (need_residual) grads[1] = total;
   return grads;
@@ -103,18 +95,16 @@ void bind_norm(py::module_& m) {
       "norm_forward",
       [](const TensorView& normed, const TensorView& summed, const TensorView& mean, const TensorView& rstd,
          const TensorView& x, const TensorView& residual, const TensorView& weight, const TensorView& bias, float eps,
-         bool centred) { norm_forward({x, residual, weight, bias, normed, summed, mean, rstd, eps, centred}); },
-      WithoutGil());
+         bool centred) { run(NormParams{x, residual, weight, bias, normed, summed, mean, rstd, eps, centred}); });
   m.def(
       "norm_backward",
       [](const TensorView& grad_total, const TensorView& grad_x, const TensorView& grad_weight,
          const TensorView& grad_bias, const TensorView& grad_normed, const TensorView& grad_summed,
          const TensorView& summed, const TensorView& weight, const TensorView& mean, const TensorView& rstd,
          float eps, bool centred) {
-        norm_backward({grad_normed, grad_summed, summed, weight, mean, rstd, grad_total, grad_x, grad_weight, grad_bias,
-                       eps, centred});
-      },
-      WithoutGil());
+        run(NormBackwardParams{grad_normed, grad_summed, summed, weight, mean, rstd, grad_total, grad_x, grad_weight,
+                               grad_bias, eps, centred});
+      });
 }
 
 }  // namespace llmfast

@@ -2,7 +2,6 @@
 
 #include "bindings/bindings.h"
 #include "bindings/eager.h"
-#include "rotary/rotary.h"
 
 namespace py = pybind11;
 
@@ -67,14 +66,14 @@ py::object rotary_eager(py::handle q, py::handle k, py::handle cos, py::handle s
       if (vq.dtype != vk.dtype || vq.shape[i] != vk.shape[i]) return py::none();
   if (!read_tables(some, &tc.view, &ts.view, rotary_dim)) return py::none();
   py::object rotated[2] = {py::none(), py::none()};
-  TensorView out[2];
-  for (int i = 0; i < 2; ++i)
-    if (views[i]->defined) rotated[i] = new_tensor(some.dtype, views[i]->shape, 4, &out[i], nesting[i]);
-  {
-    py::gil_scoped_release release;
-    for (int i = 0; i < 2; ++i)
-      if (views[i]->defined) rotary({out[i], *views[i], tc.view, ts.view, inverse});
+  RotaryParams params[2];
+  int count = 0;
+  for (int i = 0; i < 2; ++i) {
+    if (!views[i]->defined) continue;
+    params[count] = {{}, *views[i], tc.view, ts.view, inverse};
+    rotated[i] = new_tensor(some, some.dtype, views[i]->shape, 4, &params[count++].out, nesting[i]);
   }
+  run(params, count);
   if (plain == Plain::wants_gradient) return list_of(rotated[0], rotated[1]);
   return py::make_tuple(rotated[0], rotated[1]);
 }
@@ -86,9 +85,9 @@ void bind_rotary(py::module_& m) {
   m.def(
       "rotary",
       [](const TensorView& out, const TensorView& x, const TensorView& cos, const TensorView& sin, bool inverse) {
-        rotary({out, x, cos, sin, inverse});
-      },
-      WithoutGil());
+        const RotaryParams params{out, x, cos, sin, inverse};
+        run(&params, 1);
+      });
 }
 
 }  // namespace llmfast

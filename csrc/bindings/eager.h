@@ -1,5 +1,5 @@
-// Whole op calls from plain eager code: arguments checked, outputs allocated and kernel run in one native call, which a
-// small op would otherwise spend several times its own time on in Python.
+// Whole op calls from plain eager code: arguments checked, outputs allocated and kernel run in one native call, on what a
+// small op would otherwise spend several times its own time in Python. The same code serves `_cpu` and `_cuda`.
 //
 // A function here returns None for whatever is not plain (other tensor types, dtypes or shapes that do not fit), and the
 // op's Python code then takes the long way, where errors are explained. A forward function that is told that gradients
@@ -11,6 +11,7 @@
 
 #include <initializer_list>
 
+#include "bindings/run.h"
 #include "bindings/tensor.h"
 
 namespace llmfast {
@@ -26,8 +27,8 @@ struct EagerTensor {
 
 enum class Plain { no, yes, wants_gradient };
 
-// Reads torch.Tensor or Parameter objects (not subclasses) or None that live on the CPU; `no`: one is something else, or
-// is empty.
+// Reads torch.Tensor or Parameter objects (not subclasses) or None on one device that has kernels in this module; `no`:
+// one is something else, or is empty.
 Plain read_eager(std::initializer_list<EagerTensor*> tensors, bool grad_enabled = false);
 
 // [items...], the answer where a gradient is wanted.
@@ -47,20 +48,17 @@ pybind11::tuple no_gradients(const pybind11::tuple& needs);
 
 bool read_dtype(PyObject* torch_dtype, DType* dtype);  // false: none that kernels take
 
-// An uninitialised CPU tensor, from torch's allocator; like all that came through DLPack, its storage cannot be resized.
-// With `nesting`, dimension nesting[0] is the outermost in memory, and so on; `view` is set if given.
-pybind11::object new_tensor(DType dtype, const int64_t* shape, int ndim, TensorView* view = nullptr,
+// An uninitialised tensor of torch's on the device of `like`, for its current stream. With `nesting`, dimension nesting[0]
+// is the outermost in memory, and so on.
+pybind11::object new_tensor(const TensorView& like, DType dtype, const int64_t* shape, int ndim, TensorView* view,
                             const int* nesting = nullptr);
-pybind11::object new_tensor(DType dtype, std::initializer_list<int64_t> shape, TensorView* view = nullptr);
+pybind11::object new_tensor(const TensorView& like, DType dtype, std::initializer_list<int64_t> shape, TensorView* view);
 
 // Shaped as x but with `last` as its last dimension; `view` is set to the result as a matrix.
 pybind11::object new_rows(const TensorView& x, int64_t last, DType dtype, TensorView* view);
 
 // t as a matrix of its last dimension, if its strides allow one.
 bool flatten_rows(TensorView* t);
-
-// Contiguous floats that nobody wants to keep; the next call of an op in this thread overwrites them.
-TensorView scratch_floats(std::initializer_list<int64_t> shape);
 
 bool same_shape(const TensorView& a, const TensorView& b);
 

@@ -7,19 +7,14 @@
 
 namespace py = pybind11;
 
-// DLPack's number for the device whose tensors this module takes.
-#ifndef LLMFAST_TENSOR_DEVICE
-#define LLMFAST_TENSOR_DEVICE dlpack::kCpu
-#endif
-
 namespace llmfast {
 namespace {
 
 constexpr int kDevice = LLMFAST_TENSOR_DEVICE;
-constexpr const char* kDeviceName = kDevice == dlpack::kCpu ? "cpu" : "cuda";
+constexpr const char* kDeviceName = kTensorsOnCuda ? "cuda" : "cpu";
 
 void check_device(bool holds) {
-  if (!holds) throw py::value_error(kDevice == dlpack::kCpu ? "expected a CPU tensor" : "expected a CUDA tensor");
+  if (!holds) throw py::value_error(kTensorsOnCuda ? "expected a CUDA tensor" : "expected a CPU tensor");
 }
 
 PyObject* tensor_type() {
@@ -82,7 +77,7 @@ void read_by_attributes(PyObject* object, TensorView* view) {
     view->stride[i] = stride[i].cast<int64_t>();
   }
   view->data = reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>());
-  if (kDevice != dlpack::kCpu) view->device = tensor.attr("device").attr("index").cast<int16_t>();
+  if (kTensorsOnCuda) view->device = tensor.attr("device").attr("index").cast<int16_t>();
 }
 
 }  // namespace
@@ -138,6 +133,17 @@ bool try_read_tensor(PyObject* object, TensorView* view) {
   if (tensor.device.type != kDevice || tensor.ndim > kMaxDims || !find_dtype(tensor.dtype, &dtype)) return false;
   fill(tensor, dtype, view);
   return true;
+}
+
+void* current_stream(int device) {
+  if (!kTensorsOnCuda) return nullptr;
+  if (const dlpack::ExchangeApi* api = exchange_api()) {
+    void* stream = nullptr;
+    if (api->current_work_stream(kDevice, device, &stream) != 0) throw py::error_already_set();
+    return stream;
+  }
+  py::object core = py::module_::import("torch").attr("_C");
+  return reinterpret_cast<void*>(core.attr("_cuda_getCurrentRawStream")(device).cast<uintptr_t>());
 }
 
 }  // namespace llmfast

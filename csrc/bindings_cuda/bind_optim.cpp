@@ -13,6 +13,10 @@ namespace {
 
 using Views = std::vector<TensorView>;
 
+Stream stream_on(const TensorView& tensor, uint64_t handle) {
+  return {tensor.device, reinterpret_cast<void*>(handle)};
+}
+
 void step(const Views& params, const Views& grads, const Views& exp_avgs, const Views& exp_avg_sqs,
           const Views& masters, const std::vector<double>& steps, const std::vector<int64_t>& group_of,
           const std::vector<std::array<double, 5>>& groups, float grad_scale, uint64_t stream) {

@@ -1,4 +1,4 @@
-// The module `llmfast._cuda`. Each op binds in its own file; here: the devices and the dispatch tables.
+// The module `llmfast._cuda`: the ops of bindings/, AdamW, the devices and the dispatch tables.
 #include <algorithm>
 #include <pybind11/stl.h>
 
@@ -89,12 +89,7 @@ PYBIND11_MODULE(_cuda, m) {
 #else
   m.attr("emulated") = false;
 #endif
-  bind_attention(m);
-  bind_embedding(m);
-  bind_ffn(m);
-  bind_linear(m);
-  bind_linear_cross_entropy(m);
-  bind_norm(m);
+  bind_ops(m);
+  bind_attention_ways(m);
   bind_optim(m);
-  bind_rotary(m);
 }

@@ -38,6 +38,22 @@ struct LinearCrossEntropyJointParams {
   TensorView workspace = {};  // float32[V, C] for bfloat16 grad_weight of several blocks
 };
 
+// One number of all losses [M]: their sum, or their mean over the rows that are not ignored (0 / 0 = NaN if there is none).
+struct LossReductionParams {
+  TensorView losses, target, loss;
+  int64_t ignore_index;
+  bool mean;
+};
+
+// The gradients of the losses [M] from the one of that number; ignored rows get one too.
+struct LossGradientParams {
+  TensorView grad, target, row_grads;
+  int64_t ignore_index;
+  bool mean;
+};
+
+void reduce_losses(const LossReductionParams& params);
+void spread_loss_gradient(const LossGradientParams& params);
 void linear_cross_entropy_forward(const LinearCrossEntropyParams& params);
 void linear_cross_entropy_backward(const LinearCrossEntropyBackwardParams& params);
 void linear_cross_entropy_joint(const LinearCrossEntropyJointParams& params);

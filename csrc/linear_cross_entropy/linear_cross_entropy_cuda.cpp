@@ -34,4 +34,14 @@ void linear_cross_entropy_backward(const LinearCrossEntropyBackwardParams& p, co
   kBackward(p.x.dtype, p, stream);
 }
 
+void reduce_losses(const LossReductionParams& p, const Stream& stream) {
+  const OnDevice current(stream.device);
+  cuda::reduce_losses_sm80(p, stream);
+}
+
+void spread_loss_gradient(const LossGradientParams& p, const Stream& stream) {
+  const OnDevice current(stream.device);
+  cuda::spread_loss_gradient_sm80(p, stream);
+}
+
 }  // namespace llmfast

@@ -8,6 +8,8 @@ namespace llmfast {
 
 void linear_cross_entropy_forward(const LinearCrossEntropyParams& params, const Stream& stream);
 void linear_cross_entropy_backward(const LinearCrossEntropyBackwardParams& params, const Stream& stream);
+void reduce_losses(const LossReductionParams& params, const Stream& stream);
+void spread_loss_gradient(const LossGradientParams& params, const Stream& stream);
 
 namespace cuda {
 
@@ -17,6 +19,9 @@ int64_t linear_cross_entropy_backward_workspace(int64_t M, int64_t C, int64_t V,
 
 void linear_cross_entropy_forward_sm80(const LinearCrossEntropyParams& params, const Stream& stream);
 void linear_cross_entropy_backward_sm80(const LinearCrossEntropyBackwardParams& params, const Stream& stream);
+
+void reduce_losses_sm80(const LossReductionParams& params, const Stream& stream);
+void spread_loss_gradient_sm80(const LossGradientParams& params, const Stream& stream);
 
 bool linear_cross_entropy_forward_fits_sm90a(const LinearCrossEntropyParams& params);
 bool linear_cross_entropy_backward_fits_sm90a(const LinearCrossEntropyBackwardParams& params);

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -24,7 +25,24 @@ void check_targets(const TensorView& target, int64_t V, int64_t ignore_index) {
                                   std::to_string(ignore_index));
 }
 
+float count_targets(const TensorView& target, int64_t ignore_index) {
+  int64_t count = 0;
+  for (int64_t m = 0; m < target.shape[0]; ++m) count += target.as<int64_t>()[m] != ignore_index;
+  return static_cast<float>(count);
+}
+
 }  // namespace
+
+void reduce_losses(const LossReductionParams& p) {
+  double sum = 0;
+  for (int64_t m = 0; m < p.losses.shape[0]; ++m) sum += p.losses.as<float>()[m];
+  *p.loss.as<float>() = static_cast<float>(sum) / (p.mean ? count_targets(p.target, p.ignore_index) : 1.0f);
+}
+
+void spread_loss_gradient(const LossGradientParams& p) {
+  const float value = *p.grad.as<float>() / (p.mean ? count_targets(p.target, p.ignore_index) : 1.0f);
+  std::fill_n(p.row_grads.as<float>(), p.row_grads.shape[0], value);
+}
 
 void linear_cross_entropy_forward(const LinearCrossEntropyParams& p) {
   check_linear_cross_entropy_forward(p);

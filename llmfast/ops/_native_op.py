@@ -1,4 +1,4 @@
-"""How an op is made known to torch: schema, CPU implementation, fake kernel and gradient, each given once.
+"""How an op is made known to torch: schema, implementation, fake kernel and gradient, each given once.
 
 The same four functions serve four ways in:
 
@@ -7,17 +7,20 @@ The same four functions serve four ways in:
 * eager code that needs gradients goes through one ``autograd.Function`` built from the same gradient functions;
 * eager code without gradients calls the implementation directly, which saves about four microseconds a call.
 
-In front of all that, ops try ``backend.native().<name>``: a whole call of the plainest kind (CPU, no transform or mode,
+In front of all that, ops try ``whole_calls(tensor).<name>``: a whole call of the plainest kind (no transform or mode,
 nothing to copy or to complain about) in native code, with `eager_function` where a gradient is wanted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import ClassVar
 
 import torch
 from torch.autograd.function import once_differentiable
+
+from llmfast import backend
 
 __all__ = [
     "NativeOp",
@@ -30,13 +33,14 @@ __all__ = [
     "dense",
     "eager_function",
     "first_derivative",
-    "is_eager",
     "is_plain",
     "overrides_torch",
+    "whole_calls",
 ]
 
 _is_compiling = torch.compiler.is_compiling
 _is_autocast_enabled = torch.is_autocast_enabled
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transforms_active = torch._C._are_functorch_transforms_active
 
@@ -49,11 +53,12 @@ class NativeOp:
 
     Args:
         schema: ``"name(Tensor x, ...) -> Tensor"`` in torch's schema language.
-        cpu: implementation on CPU tensors; allocates its outputs, which never alias inputs.
+        run: implementation on the tensors of `devices`; allocates its outputs, which never alias inputs. On a GPU it is
+            called where `llmfast.backend.why_not_native` has no objection.
         fake: the same on shapes and dtypes alone.
         setup_context: ``(ctx, inputs, output)``, saves what the gradient needs. Given together with `backward`.
         backward: ``(ctx, *grads) -> gradients of the inputs``; calls ops only, so that it can be traced.
-        cuda: implementation on CUDA tensors, for which `llmfast.backend.why_not_native` has no objection.
+        devices: torch's dispatch keys.
     """
 
     all: ClassVar[list[NativeOp]] = []
@@ -61,23 +66,20 @@ class NativeOp:
     def __init__(
         self,
         schema: str,
-        cpu: Callable,
+        run: Callable,
         fake: Callable,
         setup_context: Callable | None = None,
         backward: Callable | None = None,
         *,
-        cuda: Callable | None = None,
+        devices: Sequence[str] = ("CPU", "CUDA"),
     ) -> None:
         self.name = schema.split("(", 1)[0].strip()
         qualified = f"llmfast::{self.name}"
         torch.library.define(qualified, schema.split(self.name, 1)[1], tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.impl(qualified, "CPU", cpu)
+        for device in devices:
+            torch.library.impl(qualified, device, run)
         torch.library.register_fake(qualified, fake)
-        if cuda is not None:
-            torch.library.impl(qualified, "CUDA", cuda)
-        self.cpu, self.cuda = cpu, cuda
-        # A torch without CUDA has no other tensors than the CPU's, and does not pay for the question.
-        self.run = cpu if cuda is None or torch.version.cuda is None else _by_device(cpu, cuda)
+        self.run = run
         self._gradient = (setup_context, backward)
         self._transformed: type[torch.autograd.Function] | None = None
         self._function: type[torch.autograd.Function] | None = None
@@ -96,15 +98,6 @@ class NativeOp:
         if self._function is not None and torch.is_grad_enabled() and _any_requires_grad(args):
             return self._function.apply(*args)
         return self.run(*args)
-
-
-def _by_device(cpu: Callable, cuda: Callable) -> Callable:
-    """The implementation for the device of the first argument, a tensor in every schema."""
-
-    def run(*args):
-        return (cuda if args[0].is_cuda else cpu)(*args)
-
-    return run
 
 
 def _autograd_function(op: NativeOp, setup_context: Callable, backward: Callable):
@@ -177,9 +170,12 @@ def _functorch_function(name: str, op: Callable, setup_context: Callable | None,
     return type(name, (torch.autograd.Function,), methods)
 
 
-def is_eager(device: str = "cpu") -> bool:
-    """Whether an op is called by plain eager code: no compiler, dispatch mode, functorch transform or autocast is on."""
-    return not (_is_compiling() or _dispatch_modes() or _transforms_active() or _is_autocast_enabled(device))
+def whole_calls(tensor: object) -> ModuleType | None:
+    """The native module that takes `tensor`, if an op is called by plain eager code: no compiler, dispatch mode, functorch
+    transform or autocast is on. It may be handed anything, and answers None to what it leaves to Python."""
+    if _is_compiling() or _dispatch_modes() or _transforms_active() or _is_any_autocast_enabled():
+        return None
+    return backend.native_for(tensor)
 
 
 def _plain_eager(args: Sequence) -> bool:

@@ -19,7 +19,7 @@ from llmfast.ops._native_op import (
     check_tensor,
     dense,
     eager_function,
-    is_eager,
+    whole_calls,
 )
 
 __all__ = ["attention", "varlen_attention"]
@@ -76,8 +76,8 @@ def attention(
         >>> llmfast.attention(q, k, v, causal=True).shape
         torch.Size([2, 8, 16, 64])
     """
-    if is_eager():
-        out = backend.native().attention(q, k, v, mask, causal, window, scale, softcap, torch.is_grad_enabled())
+    if native := whole_calls(q):
+        out = native.attention(q, k, v, mask, causal, window, scale, softcap, torch.is_grad_enabled())
         if out is not None:
             return _differentiable(q, k, v, mask, out) if type(out) is list else out
     q, k, v = _checked(q, k, v, 4)
@@ -124,8 +124,8 @@ def varlen_attention(
         >>> llmfast.varlen_attention(*torch.randn(3, 10, 8, 64), bounds, bounds, causal=True).shape
         torch.Size([10, 8, 64])
     """
-    if is_eager():
-        out = backend.native().varlen_attention(
+    if native := whole_calls(q):
+        out = native.varlen_attention(
             q, k, v, cu_seqlens_q, cu_seqlens_k, causal, window, scale, softcap, torch.is_grad_enabled()
         )
         if out is not None:
@@ -293,7 +293,7 @@ def _forward(q, k, v, mask, left, right, scale: float, softcap: float):
 def attention_into(out, lse, q, k, v, mask, left, right, scale: float, softcap: float) -> None:
     """Writes ``out [B, Hq, Tq, Dv]`` and ``lse [B, Hq, Tq]`` of any strides, out's last one 1."""
     q, k, v = _rows("attention", q, k, v)
-    backend.native().attention_forward(
+    backend.native_for(q).attention_forward(
         out, lse, q, k, v, _full_mask(mask, q, k), None, None, left, right, scale, softcap
     )
 
@@ -313,7 +313,7 @@ def attention_backward_into(
 ) -> None:
     """Writes the gradients, shaped as q, k and v; any strides, the last one 1."""
     q, k, v = _rows("attention_backward", q, k, v)
-    backend.native().attention_backward(
+    backend.native_for(q).attention_backward(
         grad_q,
         grad_k,
         grad_v,
@@ -340,7 +340,8 @@ def _backward_fake(grad, q, k, v, out, lse, mask, left, right, scale: float, sof
 def _varlen_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, left, right, scale: float, softcap: float):
     out, lse = _varlen_forward_fake(q, k, v, cu_seqlens_q, cu_seqlens_k, left, right, scale, softcap)
     q, k, v = _rows("varlen_attention", q, k, v)
-    backend.native().attention_forward(out, lse, q, k, v, None, cu_seqlens_q, cu_seqlens_k, left, right, scale, softcap)
+    offsets = _offsets(q, cu_seqlens_q), _offsets(q, cu_seqlens_k)
+    backend.native_for(q).attention_forward(out, lse, q, k, v, None, *offsets, left, right, scale, softcap)
     return out, lse
 
 
@@ -352,7 +353,7 @@ def _varlen_forward_fake(q, k, v, cu_seqlens_q, cu_seqlens_k, left, right, scale
 def _varlen_backward(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, left, right, scale: float, softcap: float):
     grads = _empty_like_heads(q), _empty_like_heads(k), _empty_like_heads(v)
     q, k, v = _rows("varlen_attention_backward", q, k, v)
-    backend.native().attention_backward(
+    backend.native_for(q).attention_backward(
         *grads,
         _rows_of_gradient(grad),
         out,
@@ -361,8 +362,8 @@ def _varlen_backward(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, left, 
         k,
         v,
         None,
-        cu_seqlens_q,
-        cu_seqlens_k,
+        _offsets(q, cu_seqlens_q),
+        _offsets(q, cu_seqlens_k),
         left,
         right,
         scale,
@@ -375,56 +376,8 @@ def _varlen_backward_fake(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, l
     return _empty_like_heads(q), _empty_like_heads(k), _empty_like_heads(v)
 
 
-def _forward_cuda(q, k, v, mask, *options):
-    out, lse = _forward_fake(q, k, v, mask, *options)
-    _run_cuda_forward(out, lse, *_rows("attention", q, k, v), _full_mask(mask, q, k), None, None, *options)
-    return out, lse
-
-
-def _varlen_forward_cuda(q, k, v, cu_seqlens_q, cu_seqlens_k, *options):
-    out, lse = _varlen_forward_fake(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
-    offsets = _offsets(q, cu_seqlens_q), _offsets(q, cu_seqlens_k)
-    _run_cuda_forward(out, lse, *_rows("varlen_attention", q, k, v), None, *offsets, *options)
-    return out, lse
-
-
-def _backward_cuda(grad, q, k, v, out, lse, mask, *options):
-    grads = _backward_fake(grad, q, k, v, out, lse, mask, *options)
-    q, k, v = _rows("attention_backward", q, k, v)
-    _run_cuda_backward(*grads, _rows_of_gradient(grad), out, lse, q, k, v, _full_mask(mask, q, k), None, None, *options)
-    return grads
-
-
-def _varlen_backward_cuda(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *options):
-    grads = _varlen_backward_fake(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *options)
-    q, k, v = _rows("varlen_attention_backward", q, k, v)
-    offsets = _offsets(q, cu_seqlens_q), _offsets(q, cu_seqlens_k)
-    _run_cuda_backward(*grads, _rows_of_gradient(grad), out, lse, q, k, v, None, *offsets, *options)
-    return grads
-
-
 def _offsets(q: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
     return cu_seqlens.to(q.device, torch.int64).contiguous()
-
-
-def _run_cuda_forward(out, lse, q, k, v, mask, cu_seqlens_q, *rest) -> None:
-    native, floats = backend.native_cuda(), 0
-    if cu_seqlens_q is None:
-        floats = native.attention_workspace(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], v.shape[3])
-    workspace = q.new_empty(floats, dtype=torch.float32) if floats else None
-    native.attention_forward(out, lse, q, k, v, mask, cu_seqlens_q, *rest, workspace, backend.stream_of(q))
-
-
-def _run_cuda_backward(*args) -> None:
-    native = backend.native_cuda()
-    lse, q, k, v, mask, cu_seqlens_q, _, left, right, _, softcap = args[5:]
-    packed = cu_seqlens_q is not None
-    B = cu_seqlens_q.numel() - 1 if packed else lse.shape[0]
-    floats = native.attention_backward_workspace(B, *lse.shape[-2:], packed)
-    if not packed and q.dtype != torch.float32:
-        shape = B, q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3]
-        floats += native.attention_backward_sums(*shape, left, right, softcap, lse.device.index or 0, mask)
-    native.attention_backward(*args, lse.new_empty(floats), backend.stream_of(lse))
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -462,7 +415,7 @@ def _keep(ctx, q, k, v, mask, computed):
 
 
 def _eager_gradient(ctx, saved, grad):
-    return backend.native().attention_gradient(grad, *saved, None, None, *ctx.options, ctx.needs_input_grad)
+    return backend.native_for(grad).attention_gradient(grad, *saved, None, None, *ctx.options, ctx.needs_input_grad)
 
 
 def _eager_gradient_by_ops(ctx, saved, grad):
@@ -477,7 +430,7 @@ def _varlen_keep(ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, computed):
 
 def _varlen_eager_gradient(ctx, saved, grad):
     q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k = saved
-    return backend.native().attention_gradient(
+    return backend.native_for(grad).attention_gradient(
         grad, q, k, v, out, lse, None, cu_seqlens_q, cu_seqlens_k, *ctx.options, ctx.needs_input_grad
     )
 
@@ -498,7 +451,6 @@ attention_backward = NativeOp(
     f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
-    cuda=_backward_cuda,
 )
 _attention = NativeOp(
     f"attention_forward(Tensor q, Tensor k, Tensor v, Tensor? mask, {_OPTIONS}) -> (Tensor, Tensor)",
@@ -506,14 +458,12 @@ _attention = NativeOp(
     _forward_fake,
     _setup_context,
     _gradient,
-    cuda=_forward_cuda,
 )
 varlen_attention_backward = NativeOp(
     "varlen_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens_q, "
     f"Tensor cu_seqlens_k, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     _varlen_backward,
     _varlen_backward_fake,
-    cuda=_varlen_backward_cuda,
 )
 _varlen_attention = NativeOp(
     "varlen_attention_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
@@ -522,5 +472,4 @@ _varlen_attention = NativeOp(
     _varlen_forward_fake,
     _varlen_setup_context,
     _varlen_gradient,
-    cuda=_varlen_forward_cuda,
 )

@@ -13,7 +13,7 @@ from llmfast.ops._native_op import (
     check_tensor,
     dense,
     eager_function,
-    is_eager,
+    whole_calls,
 )
 
 __all__ = ["embedding"]
@@ -52,10 +52,8 @@ def embedding(
         >>> llmfast.embedding(torch.tensor([[1, 2]]), torch.randn(10, 4), torch.randn(8, 4)).shape
         torch.Size([1, 2, 4])
     """
-    if is_eager():
-        out = backend.native().embedding(
-            input_ids, weight, position_weight, position_ids, out_dtype, torch.is_grad_enabled()
-        )
+    if native := whole_calls(weight):
+        out = native.embedding(input_ids, weight, position_weight, position_ids, out_dtype, torch.is_grad_enabled())
         if out is not None:
             if type(out) is not list:
                 return out
@@ -124,7 +122,7 @@ def _output(input_ids, weight, position_weight, position_ids, out_dtype: torch.d
 def _forward(input_ids, weight, position_weight, position_ids, out_dtype: torch.dtype | None) -> torch.Tensor:
     out = _output(input_ids, weight, position_weight, position_ids, out_dtype)
     ids = _ids(input_ids)
-    backend.native().embedding_forward(
+    backend.native_for(weight).embedding_forward(
         out.view(*ids.shape, weight.shape[1]),
         ids,
         _contiguous_rows(weight),
@@ -141,7 +139,11 @@ def _grad_output(grad: torch.Tensor, ids: torch.Tensor | None, V: int, dtype: to
 def _backward(grad: torch.Tensor, ids: torch.Tensor | None, V: int, dtype: torch.dtype) -> torch.Tensor:
     """Gradient of a table [V, C]; without ids, of the rows 0 .. T-1 for each sequence of grad."""
     grad_weight = _grad_output(grad, ids, V, dtype)
-    backend.native().embedding_backward(grad_weight, *_matching(grad, ids))
+    grad, ids = _matching(grad, ids)
+    native = backend.native_for(grad)
+    sort = native.wants_sorted_ids and ids is not None
+    values, order = torch.sort(ids.reshape(-1), stable=True) if sort else (None, None)
+    native.embedding_backward(grad_weight, grad, ids, values, order)
     return grad_weight
 
 
@@ -156,28 +158,6 @@ def _matching(grad: torch.Tensor, ids: torch.Tensor | None) -> tuple[torch.Tenso
     elif not 2 <= grad.dim() <= 6:
         grad = grad.reshape(-1, grad.shape[-2] if grad.dim() > 1 else 1, C)
     return _contiguous_rows(grad), ids
-
-
-def _forward_cuda(input_ids, weight, position_weight, position_ids, out_dtype: torch.dtype | None) -> torch.Tensor:
-    out = _output(input_ids, weight, position_weight, position_ids, out_dtype)
-    ids = _ids(input_ids)
-    backend.native_cuda().embedding_forward(
-        out.view(*ids.shape, weight.shape[1]),
-        ids,
-        _contiguous_rows(weight),
-        _contiguous_rows(position_weight),
-        _ids(position_ids),
-        backend.stream_of(weight),
-    )
-    return out
-
-
-def _backward_cuda(grad: torch.Tensor, ids: torch.Tensor | None, V: int, dtype: torch.dtype) -> torch.Tensor:
-    grad_weight = _grad_output(grad, ids, V, dtype)
-    grad, ids = _matching(grad, ids)
-    values, order = (None, None) if ids is None else torch.sort(ids.reshape(-1), stable=True)
-    backend.native_cuda().embedding_backward(grad_weight, grad, ids, values, order, backend.stream_of(grad))
-    return grad_weight
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -210,7 +190,7 @@ def _keep(ctx, *args):
 
 
 def _eager_gradient(ctx, saved, grad):
-    native = backend.native().embedding_gradient
+    native = backend.native_for(grad).embedding_gradient
     input_ids, position_ids = saved
     need_weight, need_position = ctx.needs_input_grad[1:3]
     grad_weight = grad_position = None
@@ -231,7 +211,6 @@ _embedding_backward = NativeOp(
     "embedding_backward(Tensor grad, Tensor? ids, SymInt V, ScalarType dtype) -> Tensor",
     _backward,
     _grad_output,
-    cuda=_backward_cuda,
 )
 _embedding = NativeOp(
     "embedding(Tensor input_ids, Tensor weight, Tensor? position_weight, Tensor? position_ids, ScalarType? out_dtype)"
@@ -240,5 +219,4 @@ _embedding = NativeOp(
     _output,
     _setup_context,
     _gradient,
-    cuda=_forward_cuda,
 )

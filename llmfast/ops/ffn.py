@@ -13,7 +13,7 @@ from llmfast.ops._native_op import (
     check_floating,
     check_shape,
     eager_function,
-    is_eager,
+    whole_calls,
 )
 
 __all__ = ["ACTIVATIONS", "ffn"]
@@ -54,9 +54,9 @@ def ffn(
         >>> llmfast.ffn(torch.randn(2, 8), torch.randn(32, 8), None, torch.randn(8, 32), None, activation="silu").shape
         torch.Size([2, 8])
     """
-    if is_eager() and activation in ACTIVATIONS:
+    if (native := whole_calls(x)) and activation in ACTIVATIONS:
         arguments = x, up_weight, up_bias, gate_weight, down_weight, down_bias, ACTIVATIONS.index(activation)
-        out = backend.native().ffn(*arguments, torch.is_grad_enabled())
+        out = native.ffn(*arguments, torch.is_grad_enabled())
         if out is not None:
             return _differentiable(*arguments, out) if type(out) is list else out
     for name, tensor in (("x", x), ("up_weight", up_weight), ("down_weight", down_weight)):
@@ -94,28 +94,11 @@ def _check(x, up_weight, up_bias, down_weight, down_bias, gate_weight) -> None:
 
 
 def _forward(x, up_weight, up_bias, gate_weight, down_weight, down_bias, activation: int, save: bool):
-    native = backend.native().ffn_forward
-    return _forward_with(native, x, up_weight, up_bias, gate_weight, down_weight, down_bias, activation, save)
-
-
-def _forward_cuda(x, up_weight, up_bias, gate_weight, down_weight, down_bias, activation: int, save: bool):
-    native, (F, C) = backend.native_cuda(), up_weight.shape
-    floats = native.ffn_workspace(x.numel() // max(1, C), C, F, x.element_size(), gate_weight is not None, save)
-
-    def run(*args):
-        native.ffn_forward(*args, x.new_empty(floats, dtype=torch.float32), backend.stream_of(x))
-
-    up_bias, down_bias = (None if b is None else b.contiguous() for b in (up_bias, down_bias))
-    return _forward_with(run, x, up_weight, up_bias, gate_weight, down_weight, down_bias, activation, save)
-
-
-def _forward_with(
-    native_forward, x, up_weight, up_bias, gate_weight, down_weight, down_bias, activation: int, save: bool
-):
     out, up, gate = _forward_fake(x, up_weight, up_bias, gate_weight, down_weight, down_bias, activation, save)
     if x.numel() == 0:
         return out, up, gate
-    native_forward(
+    up_bias, down_bias = (None if b is None else b.contiguous() for b in (up_bias, down_bias))
+    backend.native_for(x).ffn_forward(
         out.view(-1, out.shape[-1]),
         up if save else None,
         gate if save and gate_weight is not None else None,
@@ -141,28 +124,11 @@ def _forward_fake(x, up_weight, up_bias, gate_weight, down_weight, down_bias, ac
 
 
 def _backward(grad, x, up_weight, gate_weight, down_weight, up, gate, activation: int, needed: list[bool]):
-    native = backend.native().ffn_backward
-    return _backward_with(native, grad, x, up_weight, gate_weight, down_weight, up, gate, activation, needed)
-
-
-def _backward_cuda(grad, x, up_weight, gate_weight, down_weight, up, gate, activation: int, needed: list[bool]):
-    native, (F, C) = backend.native_cuda(), up_weight.shape
-    floats = native.ffn_backward_workspace(x.numel() // max(1, C), C, F, x.element_size(), gate_weight is not None)
-
-    def run(*args):
-        native.ffn_backward(*args, x.new_empty(floats, dtype=torch.float32), backend.stream_of(x))
-
-    return _backward_with(run, grad, x, up_weight, gate_weight, down_weight, up, gate, activation, needed)
-
-
-def _backward_with(
-    native_backward, grad, x, up_weight, gate_weight, down_weight, up, gate, activation: int, needed: list[bool]
-):
     grads = _backward_fake(grad, x, up_weight, gate_weight, down_weight, up, gate, activation, needed)
     if x.numel() == 0:
         return tuple(g.zero_() for g in grads)
     grad_x, *rest = (g if need else None for g, need in zip(grads, needed))
-    native_backward(
+    backend.native_for(x).ffn_backward(
         None if grad_x is None else grad_x.view(-1, x.shape[-1]),
         *rest,
         as_matrix(grad),
@@ -212,7 +178,7 @@ def _keep(ctx, x, up_weight, up_bias, gate_weight, down_weight, down_bias, activ
 
 
 def _eager_gradient(ctx, saved, grad):
-    return backend.native().ffn_gradient(grad, *saved, ctx.activation, ctx.needs_input_grad)
+    return backend.native_for(grad).ffn_gradient(grad, *saved, ctx.activation, ctx.needs_input_grad)
 
 
 def _eager_gradient_by_ops(ctx, saved, grad):
@@ -232,7 +198,6 @@ ffn_backward = NativeOp(
     " Tensor gate, int activation, bool[] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
-    cuda=_backward_cuda,
 )
 _ffn = NativeOp(
     "ffn(Tensor x, Tensor up_weight, Tensor? up_bias, Tensor? gate_weight, Tensor down_weight, Tensor? down_bias,"
@@ -241,5 +206,4 @@ _ffn = NativeOp(
     _forward_fake,
     _setup_context,
     _gradient,
-    cuda=_forward_cuda,
 )

@@ -13,7 +13,7 @@ from llmfast.ops._native_op import (
     check_floating,
     check_shape,
     eager_function,
-    is_eager,
+    whole_calls,
 )
 
 __all__ = ["linear"]
@@ -39,8 +39,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         >>> llmfast.linear(torch.randn(2, 8), torch.randn(4, 8)).shape
         torch.Size([2, 4])
     """
-    if is_eager():
-        out = backend.native().linear(x, weight, bias, torch.is_grad_enabled())
+    if native := whole_calls(x):
+        out = native.linear(x, weight, bias, torch.is_grad_enabled())
         if out is not None:
             return _differentiable(x, weight, bias, out) if type(out) is list else out
     check_floating("x", x)
@@ -66,27 +66,9 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     out = _forward_fake(x, weight, bias)
     if out.numel():
-        backend.native().linear_forward(out.view(-1, weight.shape[0]), as_matrix(x), weight, bias)
+        bias = None if bias is None else bias.contiguous()
+        backend.native_for(x).linear_forward(out.view(-1, weight.shape[0]), as_matrix(x), weight, bias)
     return out
-
-
-def _forward_cuda(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    out, native = _forward_fake(x, weight, bias), backend.native_cuda()
-    N, K = weight.shape
-    if out.numel():
-        native.linear_forward(
-            out.view(-1, N),
-            as_matrix(x),
-            weight,
-            None if bias is None else bias.contiguous(),
-            _workspace(x, native.linear_workspace(out.numel() // N, N, K)),
-            backend.stream_of(x),
-        )
-    return out
-
-
-def _workspace(like: torch.Tensor, floats: int) -> torch.Tensor | None:
-    return like.new_empty(floats, dtype=torch.float32) if floats else None
 
 
 def _forward_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -94,27 +76,13 @@ def _forward_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 
 
 def _backward(grad, x, weight, need_x: bool, need_weight: bool, need_bias: bool):
-    return _backward_with(backend.native().linear_backward, grad, x, weight, need_x, need_weight, need_bias)
-
-
-def _backward_cuda(grad, x, weight, need_x: bool, need_weight: bool, need_bias: bool):
-    native, (N, K) = backend.native_cuda(), weight.shape
-    floats = native.linear_backward_workspace(grad.numel() // max(1, N), N, K)
-
-    def run(*args):
-        native.linear_backward(*args, _workspace(x, floats), backend.stream_of(x))
-
-    return _backward_with(run, grad, x, weight, need_x, need_weight, need_bias)
-
-
-def _backward_with(native_backward, grad, x, weight, need_x: bool, need_weight: bool, need_bias: bool):
     grad_x, grad_weight, grad_bias = _backward_fake(grad, x, weight, need_x, need_weight, need_bias)
     N, K = weight.shape
     if x.numel() == 0 or N == 0:
         if need_bias:
             grad_bias = grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad.clone()
         return grad_x.zero_(), grad_weight.zero_(), grad_bias
-    native_backward(
+    backend.native_for(x).linear_backward(
         grad_x.view(-1, K) if need_x else None,
         grad_weight if need_weight else None,
         grad_bias if need_bias else None,
@@ -150,7 +118,7 @@ def _keep(ctx, x, weight, bias, computed):
 
 
 def _eager_gradient(ctx, saved, grad):
-    return backend.native().linear_gradient(grad, *saved, ctx.needs_input_grad)
+    return backend.native_for(grad).linear_gradient(grad, *saved, ctx.needs_input_grad)
 
 
 def _eager_gradient_by_ops(ctx, saved, grad):
@@ -166,7 +134,6 @@ linear_backward = NativeOp(
     " -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
-    cuda=_backward_cuda,
 )
 _linear = NativeOp(
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
@@ -174,5 +141,4 @@ _linear = NativeOp(
     _forward_fake,
     _setup_context,
     _gradient,
-    cuda=_forward_cuda,
 )

@@ -14,7 +14,7 @@ from llmfast.ops._native_op import (
     check_shape,
     check_tensor,
     eager_function,
-    is_eager,
+    whole_calls,
 )
 from llmfast.ops.linear_cross_entropy_joint import is_worthwhile, linear_cross_entropy_joint
 
@@ -56,9 +56,9 @@ def linear_cross_entropy(
         >>> loss = llmfast.linear_cross_entropy(hidden, model.head_weight, targets)
     """
     tensors = isinstance(x, torch.Tensor) and isinstance(weight, torch.Tensor) and weight.dim() == 2
-    if is_eager() and not (tensors and is_worthwhile(x, weight, reduction)):
+    if (native := whole_calls(x)) and not (tensors and is_worthwhile(x, weight, reduction)):
         arguments = x, weight, target, ignore_index, reduction
-        loss = backend.native().linear_cross_entropy(*arguments, torch.is_grad_enabled())
+        loss = native.linear_cross_entropy(*arguments, torch.is_grad_enabled())
         if loss is not None:
             return _differentiable(*arguments, loss) if type(loss) is list else loss
     check_floating("x", x)
@@ -94,25 +94,8 @@ def _check(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> None:
 def _forward(x, weight, target, ignore_index: int):
     losses, lse = _forward_fake(x, weight, target, ignore_index)
     if losses.numel():
-        backend.native().linear_cross_entropy_forward(
+        backend.native_for(x).linear_cross_entropy_forward(
             losses.view(-1), lse, as_matrix(x), weight, target.reshape(-1).contiguous(), ignore_index
-        )
-    return losses, lse
-
-
-def _forward_cuda(x, weight, target, ignore_index: int):
-    losses, lse = _forward_fake(x, weight, target, ignore_index)
-    if losses.numel():
-        native = backend.native_cuda()
-        native.linear_cross_entropy_forward(
-            losses.view(-1),
-            lse,
-            as_matrix(x),
-            weight,
-            target.reshape(-1).contiguous(),
-            ignore_index,
-            x.new_empty(native.linear_cross_entropy_workspace(losses.numel()), dtype=torch.float32),
-            backend.stream_of(x),
         )
     return losses, lse
 
@@ -122,25 +105,10 @@ def _forward_fake(x, weight, target, ignore_index: int):
 
 
 def _backward(grad, x, weight, target, lse, ignore_index: int, need_x: bool, need_weight: bool):
-    native = backend.native().linear_cross_entropy_backward
-    return _backward_with(native, grad, x, weight, target, lse, ignore_index, need_x, need_weight)
-
-
-def _backward_cuda(grad, x, weight, target, lse, ignore_index: int, need_x: bool, need_weight: bool):
-    native, (V, C) = backend.native_cuda(), weight.shape
-    floats = native.linear_cross_entropy_backward_workspace(target.numel(), C, V, x.element_size())
-
-    def run(*args):
-        native.linear_cross_entropy_backward(*args, x.new_empty(floats, dtype=torch.float32), backend.stream_of(x))
-
-    return _backward_with(run, grad, x, weight, target, lse, ignore_index, need_x, need_weight)
-
-
-def _backward_with(native_backward, grad, x, weight, target, lse, ignore_index: int, need_x: bool, need_weight: bool):
     grad_x, grad_weight = _backward_fake(grad, x, weight, target, lse, ignore_index, need_x, need_weight)
     if target.numel() == 0 or weight.numel() == 0:
         return grad_x.zero_(), grad_weight.zero_()
-    native_backward(
+    backend.native_for(x).linear_cross_entropy_backward(
         grad_x.view(-1, x.shape[-1]) if need_x else None,
         grad_weight if need_weight else None,
         grad.reshape(-1).contiguous(),
@@ -183,7 +151,7 @@ def _keep(ctx, x, weight, target, ignore_index: int, reduction: str, computed):
 
 
 def _eager_gradient(ctx, saved, grad):
-    return backend.native().linear_cross_entropy_gradient(grad, *saved, *ctx.options, ctx.needs_input_grad)
+    return backend.native_for(saved[0]).linear_cross_entropy_gradient(grad, *saved, *ctx.options, ctx.needs_input_grad)
 
 
 def _eager_gradient_by_ops(ctx, saved, grad):
@@ -205,7 +173,6 @@ linear_cross_entropy_backward = NativeOp(
     " bool need_x, bool need_weight) -> (Tensor, Tensor)",
     _backward,
     _backward_fake,
-    cuda=_backward_cuda,
 )
 _linear_cross_entropy = NativeOp(
     "linear_cross_entropy(Tensor x, Tensor weight, Tensor target, int ignore_index) -> (Tensor, Tensor)",
@@ -213,5 +180,4 @@ _linear_cross_entropy = NativeOp(
     _forward_fake,
     _setup_context,
     _gradient,
-    cuda=_forward_cuda,
 )

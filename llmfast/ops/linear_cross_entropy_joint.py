@@ -125,4 +125,5 @@ _joint = NativeOp(
     _fake,
     _setup_context,
     _gradient,
+    devices=("CPU",),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from llmfast import backend, reference
-from llmfast.ops._native_op import NativeOp, check_floating, dense, eager_function, is_eager
+from llmfast.ops._native_op import NativeOp, check_floating, dense, eager_function, whole_calls
 
 __all__ = ["add_layer_norm", "add_rms_norm"]
 
@@ -47,8 +47,8 @@ def add_layer_norm(
         >>> normed.dtype, stream.dtype
         (torch.bfloat16, torch.float32)
     """
-    if is_eager() and out_dtype in _OUT_DTYPES:
-        done = backend.native().add_norm(x, residual, weight, bias, eps, out_dtype, True, torch.is_grad_enabled())
+    if (native := whole_calls(x)) and out_dtype in _OUT_DTYPES:
+        done = native.add_norm(x, residual, weight, bias, eps, out_dtype, True, torch.is_grad_enabled())
         if done is not None:
             return _differentiate(x, residual, weight, bias, eps, done) if type(done) is list else done
     _check(x, residual, weight, bias, out_dtype)
@@ -76,8 +76,8 @@ def add_rms_norm(
         >>> x, stream = torch.randn(2, 8, dtype=torch.bfloat16), torch.randn(2, 8)
         >>> normed, stream = llmfast.add_rms_norm(x, stream, torch.ones(8))
     """
-    if is_eager() and out_dtype in _OUT_DTYPES:
-        done = backend.native().add_norm(x, residual, weight, None, eps, out_dtype, False, torch.is_grad_enabled())
+    if (native := whole_calls(x)) and out_dtype in _OUT_DTYPES:
+        done = native.add_norm(x, residual, weight, None, eps, out_dtype, False, torch.is_grad_enabled())
         if done is not None:
             return _differentiate(x, residual, weight, None, eps, done) if type(done) is list else done
     _check(x, residual, weight, None, out_dtype)
@@ -132,25 +132,18 @@ def _rms_norm_outputs(x, residual, weight, eps: float, out_dtype: torch.dtype | 
 
 def _layer_norm_forward(x, residual, weight, bias, eps: float, out_dtype: torch.dtype | None):
     outputs = normed, summed, mean, rstd = _layer_norm_outputs(x, residual, weight, bias, eps, out_dtype)
-    summed = None if residual is None else _rows(summed)
-    backend.native().norm_forward(_rows(normed), summed, mean, rstd, _rows(x), _rows(residual), weight, bias, eps, True)
+    _forward(normed, summed, mean, rstd, x, residual, weight, bias, eps)
     return outputs
 
 
-def _layer_norm_forward_cuda(x, residual, weight, bias, eps: float, out_dtype: torch.dtype | None):
-    outputs = normed, summed, mean, rstd = _layer_norm_outputs(x, residual, weight, bias, eps, out_dtype)
-    _forward_cuda(normed, summed, mean, rstd, x, residual, weight, bias, eps)
-    return outputs
-
-
-def _rms_norm_forward_cuda(x, residual, weight, eps: float, out_dtype: torch.dtype | None):
+def _rms_norm_forward(x, residual, weight, eps: float, out_dtype: torch.dtype | None):
     outputs = normed, summed, rstd = _rms_norm_outputs(x, residual, weight, eps, out_dtype)
-    _forward_cuda(normed, summed, None, rstd, x, residual, weight, None, eps)
+    _forward(normed, summed, None, rstd, x, residual, weight, None, eps)
     return outputs
 
 
-def _forward_cuda(normed, summed, mean, rstd, x, residual, weight, bias, eps: float) -> None:
-    backend.native_cuda().norm_forward(
+def _forward(normed, summed, mean, rstd, x, residual, weight, bias, eps: float) -> None:
+    backend.native_for(x).norm_forward(
         _rows(normed),
         None if residual is None else _rows(summed),
         mean,
@@ -161,49 +154,14 @@ def _forward_cuda(normed, summed, mean, rstd, x, residual, weight, bias, eps: fl
         _rows(bias),
         eps,
         mean is not None,
-        backend.stream_of(x),
     )
-
-
-def _rms_norm_forward(x, residual, weight, eps: float, out_dtype: torch.dtype | None):
-    outputs = normed, summed, rstd = _rms_norm_outputs(x, residual, weight, eps, out_dtype)
-    summed = None if residual is None else _rows(summed)
-    backend.native().norm_forward(
-        _rows(normed), summed, None, rstd, _rows(x), _rows(residual), weight, None, eps, False
-    )
-    return outputs
 
 
 def _backward(grad_normed, grad_summed, summed, weight, mean, rstd, eps, need_total, x_dtype, need_weight, bias_dtype):
     grads = grad_total, grad_x, grad_weight, grad_bias = _gradient_outputs(
         grad_normed, grad_summed, summed, weight, mean, rstd, eps, need_total, x_dtype, need_weight, bias_dtype
     )
-    backend.native().norm_backward(
-        _rows(grad_total) if need_total else None,
-        _rows(grad_x) if x_dtype is not None else None,
-        grad_weight if need_weight else None,
-        grad_bias if bias_dtype is not None else None,
-        _rows(grad_normed),
-        _rows(grad_summed),
-        _rows(summed),
-        weight,
-        mean,
-        rstd,
-        eps,
-        mean is not None,
-    )
-    return grads
-
-
-def _backward_cuda(
-    grad_normed, grad_summed, summed, weight, mean, rstd, eps, need_total, x_dtype, need_weight, bias_dtype
-):
-    grads = grad_total, grad_x, grad_weight, grad_bias = _gradient_outputs(
-        grad_normed, grad_summed, summed, weight, mean, rstd, eps, need_total, x_dtype, need_weight, bias_dtype
-    )
-    native, C = backend.native_cuda(), max(1, summed.shape[-1])
-    floats = native.norm_backward_workspace(summed.numel() // C, C, need_weight + (bias_dtype is not None))
-    native.norm_backward(
+    backend.native_for(summed).norm_backward(
         _rows(grad_total) if need_total else None,
         _rows(grad_x) if x_dtype is not None else None,
         grad_weight if need_weight else None,
@@ -216,8 +174,6 @@ def _backward_cuda(
         rstd,
         eps,
         mean is not None,
-        summed.new_empty(floats, dtype=torch.float32),
-        backend.stream_of(summed),
     )
     return grads
 
@@ -314,7 +270,8 @@ def _keep(ctx, x, residual, weight, bias, eps: float, computed):
 
 
 def _eager_gradient(ctx, saved, grad_normed, grad_summed=None):
-    return backend.native().add_norm_gradient(grad_normed, grad_summed, *saved, *ctx.options, ctx.needs_input_grad)
+    native = backend.native_for(saved[0])
+    return native.add_norm_gradient(grad_normed, grad_summed, *saved, *ctx.options, ctx.needs_input_grad)
 
 
 def _eager_gradient_by_ops(ctx, saved, grad_normed, grad_summed=None):
@@ -332,7 +289,6 @@ _norm_backward = NativeOp(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _gradient_outputs,
-    cuda=_backward_cuda,
 )
 _layer_norm = NativeOp(
     "add_layer_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, ScalarType? out_dtype)"
@@ -341,7 +297,6 @@ _layer_norm = NativeOp(
     _layer_norm_outputs,
     _layer_norm_setup,
     _layer_norm_gradient,
-    cuda=_layer_norm_forward_cuda,
 )
 _rms_norm = NativeOp(
     "add_rms_norm(Tensor x, Tensor? residual, Tensor? weight, float eps, ScalarType? out_dtype)"
@@ -350,5 +305,4 @@ _rms_norm = NativeOp(
     _rms_norm_outputs,
     _rms_norm_setup,
     _rms_norm_gradient,
-    cuda=_rms_norm_forward_cuda,
 )

@@ -12,7 +12,7 @@ from llmfast.ops._native_op import (
     check_shape,
     dense,
     eager_function,
-    is_eager,
+    whole_calls,
 )
 
 __all__ = ["rotary", "rotary_tables"]
@@ -51,8 +51,8 @@ def rotary(
         >>> cos, sin = llmfast.rotary_tables(16, 64)
         >>> q, k = llmfast.rotary(torch.randn(1, 8, 16, 64), torch.randn(1, 2, 16, 64), cos, sin)
     """
-    if is_eager() and q is not None and k is not None:
-        done = backend.native().rotary_pair(q, k, cos, sin, rotary_dim, False, torch.is_grad_enabled())
+    if (native := whole_calls(q)) and q is not None and k is not None:
+        done = native.rotary_pair(q, k, cos, sin, rotary_dim, False, torch.is_grad_enabled())
         if done is not None:
             return _differentiable(q, k, cos, sin, rotary_dim, done) if type(done) is list else done
     cos, sin = _check(q, k, cos, sin, rotary_dim)
@@ -142,18 +142,7 @@ def _forward(q, k, cos, sin, inverse: bool):
     for x in (q, k):
         x = _contiguous_rows(x)
         out = _empty_like_rows(x)
-        backend.native().rotary(out, x, cos, sin, inverse)
-        outputs.append(out)
-    return tuple(outputs)
-
-
-def _forward_cuda(q, k, cos, sin, inverse: bool):
-    cos, sin = _contiguous_rows(cos), _contiguous_rows(sin)
-    outputs = []
-    for x in (q, k):
-        x = _contiguous_rows(x)
-        out = _empty_like_rows(x)
-        backend.native_cuda().rotary(out, x, cos, sin, inverse, backend.stream_of(x))
+        backend.native_for(x).rotary(out, x, cos, sin, inverse)
         outputs.append(out)
     return tuple(outputs)
 
@@ -198,7 +187,7 @@ def _keep(ctx, q, k, cos, sin, rotary_dim: int | None, computed):
 
 
 def _eager_gradient(ctx, saved, grad_q, grad_k):
-    grads = backend.native().rotary_pair(grad_q, grad_k, *saved, ctx.rotary_dim, True, False)
+    grads = backend.native_for(saved[0]).rotary_pair(grad_q, grad_k, *saved, ctx.rotary_dim, True, False)
     return None if grads is None else (*grads, None, None, None, None)
 
 
@@ -217,5 +206,4 @@ _rotary = NativeOp(
     _forward_fake,
     _setup_context,
     _gradient,
-    cuda=_forward_cuda,
 )

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from llmfast import backend
-from llmfast.ops._native_op import autocast, is_eager, overrides_torch
+from llmfast.ops._native_op import autocast, overrides_torch, whole_calls
 from llmfast.ops.attention import (
     _FLOATING,
     _attention,
@@ -56,8 +56,8 @@ def scaled_dot_product_attention(
         >>> llmfast.scaled_dot_product_attention(q, q, q, is_causal=True).shape
         torch.Size([2, 8, 16, 64])
     """
-    if is_eager():
-        out = backend.native().scaled_dot_product_attention(
+    if native := whole_calls(query):
+        out = native.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, torch.is_grad_enabled()
         )
         if out is not None:

@@ -3,7 +3,7 @@
 #include <array>
 #include <vector>
 
-#include "bindings/bindings.h"
+#include "bindings_cpu/bindings.h"
 #include "optim/adamw.h"
 
 namespace py = pybind11;

@@ -1,12 +1,13 @@
-// The module `llmfast._cpu`. Each op binds in its own file; here: the machine, the dispatch tables, the workspace.
+// The module `llmfast._cpu`: the ops of bindings/, what only the CPU has, the machine, the dispatch tables, the workspace.
 #include <omp.h>
 #include <algorithm>
 #include <pybind11/stl.h>
 
-#include "bindings/bindings.h"
+#include "bindings_cpu/bindings.h"
 #include "core/dispatch.h"
 #include "core/malloc.h"
 #include "core/workspace.h"
+#include "linear/linear.h"
 
 namespace py = pybind11;
 using namespace llmfast;
@@ -52,19 +53,16 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("active_isa", [] { return name_of(active_isa()); });
   m.def("set_isa_cap", [](const std::string& name) {
     Isa isa;
-    if (!parse_isa(name, &isa)) throw py::value_error("isa: got '" + name + "', expected ref, avx2, avx512 or amx");
+    if (!parse_isa(name, &isa)) throw py::value_error("isa: got '" + name + "', expected ref, avx2, avx512, avx512bf16 or amx");
     set_isa_cap(isa);
   });
+  m.def("set_float32_products_split", &set_float32_products_split);
+  m.def("float32_products_split", &float32_products_split);
   m.def("max_threads", [] { return omp_get_max_threads(); });
   m.def("workspace_bytes", &workspace_total_bytes);
   m.def("keep_freed_memory", &keep_freed_memory);
-  bind_attention(m);
+  bind_ops(m);
   bind_block(m);
-  bind_embedding(m);
-  bind_ffn(m);
-  bind_linear(m);
-  bind_linear_cross_entropy(m);
-  bind_norm(m);
+  bind_linear_cross_entropy_joint(m);
   bind_optim(m);
-  bind_rotary(m);
 }

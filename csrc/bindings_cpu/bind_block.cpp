@@ -1,5 +1,5 @@
 #include "attention/attention.h"
-#include "bindings/bindings.h"
+#include "bindings_cpu/bindings.h"
 #include "block/block.h"
 
 namespace py = pybind11;
