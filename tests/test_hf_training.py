@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", "5.0")
+transformers = pytest.importorskip("transformers", "5.4")
 
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig  # noqa: E402
 

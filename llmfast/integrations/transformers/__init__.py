@@ -19,5 +19,6 @@ from llmfast.integrations.transformers.patching import Patched, patch, unpatch
 
 __all__ = ["Patched", "attention_forward", "patch", "unpatch"]
 
+compat.require_supported()
 AttentionInterface.register("llmfast", attention_forward)
-AttentionMaskInterface.register("llmfast", compat.mask_interface(masks.build))
+AttentionMaskInterface.register("llmfast", masks.build)

@@ -1,15 +1,14 @@
 """What differs between the transformers 5.x that llmfast supports, found by looking for it, under one name each.
 
-=========================  ====================  =======================================================================
-since                      name here             before
-=========================  ====================  =======================================================================
-5.4                        `sdpa_mask`,          the position of every query, a tensor `cache_position`, in place of
-                           `mask_interface`      their number and the first one's (`q_length`, `q_offset`, `device`)
-5.23                       `packed_pattern`      packed sequences are an overlay after the causal or sliding pattern,
-                                                 not one before that pattern in positions that start again
-5.24                       `given_cache`,        a layer's cache was `past_key_values`, in GPT-NeoX `layer_past`
-                           `with_cache`
-=========================  ====================  =======================================================================
+=====  ============================  ==================================================================================
+since  name here                     before
+=====  ============================  ==================================================================================
+5.4    `require_supported`           layers took a `cache_position` in the midst of their arguments, static caches and
+                                     masks needed it, and blocks returned tuples: not supported
+5.23   `packed_pattern`              packed sequences were an overlay after the causal or sliding pattern, not one
+                                     before that pattern in positions that start again
+5.24   `given_cache`, `with_cache`   a layer's cache was `past_key_values`, in GPT-NeoX `layer_past`
+=====  ============================  ==================================================================================
 """
 
 from __future__ import annotations
@@ -17,38 +16,23 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 
-import torch
+import transformers
 from torch import Tensor, nn
 from transformers import masking_utils
 from transformers.masking_utils import and_masks, packed_sequence_mask_function
 
-__all__ = ["closure", "given_cache", "is_and", "mask_interface", "packed_pattern", "sdpa_mask", "with_cache"]
+__all__ = ["closure", "given_cache", "is_and", "packed_pattern", "require_supported", "with_cache"]
 
-_BY_POSITIONS = "cache_position" in inspect.signature(masking_utils.sdpa_mask).parameters
 _AND = and_masks().__code__
 _PACKED = packed_sequence_mask_function(None).__code__
 _remap = getattr(masking_utils, "remap_positions_for_packed_sequence", None)
 _REMAPPED = _remap and _remap(None, None).__code__
 
 
-def _sdpa_mask_by_positions(
-    batch_size: int, q_length: int, kv_length: int, q_offset=0, kv_offset: int = 0, *arguments, device="cpu", **options
-) -> Tensor | None:
-    positions = torch.arange(q_length, device=device) + q_offset
-    return masking_utils.sdpa_mask(batch_size, positions, kv_length, kv_offset, *arguments, **options)
-
-
-sdpa_mask = _sdpa_mask_by_positions if _BY_POSITIONS else masking_utils.sdpa_mask
-
-
-def mask_interface(build: Callable) -> Callable:
-    """`build`, which takes arguments as transformers >= 5.4 passes them, as the installed version calls it."""
-
-    def build_by_positions(batch_size: int, cache_position: Tensor, kv_length: int, *arguments, **options):
-        sizes = cache_position.shape[0], kv_length, cache_position[0]
-        return build(batch_size, *sizes, *arguments, device=cache_position.device, **options)
-
-    return build_by_positions if _BY_POSITIONS else build
+def require_supported() -> None:
+    """Raises ImportError: the installed transformers is older than 5.4."""
+    if "cache_position" in inspect.signature(masking_utils.sdpa_mask).parameters:
+        raise ImportError(f"transformers: got version {transformers.__version__}, expected 5.4 or later")
 
 
 def closure(function: Callable) -> dict:

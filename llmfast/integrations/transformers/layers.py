@@ -130,22 +130,40 @@ def layer_norm(self: nn.LayerNorm, input: Tensor) -> Tensor:
 
 @_replacement
 def rms_norm(self: nn.Module, hidden_states: Tensor) -> Tensor:
-    if not _takes(hidden_states, self.weight):
-        return type(self).forward(self, hidden_states)
-    return ops.add_rms_norm(
-        hidden_states,
-        None,
-        self.weight,
-        self.variance_epsilon,
-        out_dtype=torch.promote_types(hidden_states.dtype, self.weight.dtype),
-    )[0]
+    return _rms_norm(self, "rms_norm", hidden_states)
+
+
+@_replacement
+def olmo_rms_norm(self: nn.Module, hidden_states: Tensor) -> Tensor:
+    return _rms_norm(self, "olmo_rms_norm", hidden_states)
+
+
+@_replacement
+def t5_rms_norm(self: nn.Module, hidden_states: Tensor) -> Tensor:
+    return _rms_norm(self, "t5_rms_norm", hidden_states)
 
 
 @_replacement
 def gemma_rms_norm(self: nn.Module, x: Tensor) -> Tensor:
-    if not _takes(x, self.weight):
-        return type(self).forward(self, x)
-    return ops.add_rms_norm(x, None, 1.0 + self.weight.float(), self.eps)[0]
+    return _rms_norm(self, "gemma_rms_norm", x)
+
+
+def _rms_norm(norm: nn.Module, kind: str, x: Tensor) -> Tensor:
+    if not _takes(x, norm.weight):
+        return type(norm).forward(norm, x)
+    weight, eps, dtype = _rms_settings(norm, kind, x.dtype)
+    return ops.add_rms_norm(x, None, weight, eps, out_dtype=dtype)[0]
+
+
+def _rms_settings(norm: nn.Module, kind: str, dtype: torch.dtype) -> tuple[Tensor, float, torch.dtype]:
+    """(weight, eps, dtype of the result) of an RMSNorm of input of `dtype`, as each architecture has it."""
+    if kind == "gemma_rms_norm":
+        return 1.0 + norm.weight.float(), norm.eps, dtype
+    if kind == "olmo_rms_norm":
+        return norm.weight, norm.variance_epsilon, dtype
+    if kind == "t5_rms_norm":
+        return norm.weight, norm.variance_epsilon, norm.weight.dtype
+    return norm.weight, norm.variance_epsilon, torch.promote_types(dtype, norm.weight.dtype)
 
 
 def _add_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,10 +175,8 @@ def _add_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Ten
     kind = norm.forward.__func__.kind
     if kind == "layer_norm":
         return ops.add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, out_dtype=dtype)
-    if kind == "gemma_rms_norm":
-        return ops.add_rms_norm(x, residual, 1.0 + norm.weight.float(), norm.eps, out_dtype=dtype)
-    out_dtype = torch.promote_types(dtype, norm.weight.dtype)
-    return ops.add_rms_norm(x, residual, norm.weight, norm.variance_epsilon, out_dtype=out_dtype)
+    weight, eps, out_dtype = _rms_settings(norm, kind, dtype)
+    return ops.add_rms_norm(x, residual, weight, eps, out_dtype=out_dtype)
 
 
 # Feed-forward networks

@@ -30,11 +30,12 @@ from transformers.masking_utils import (
     bidirectional_mask_function,
     causal_mask_function,
     prepare_padding_mask,
+    sdpa_mask,
     sliding_window_overlay,
 )
 from transformers.utils.import_utils import is_tracing
 
-from llmfast.integrations.transformers.compat import closure, is_and, packed_pattern, sdpa_mask
+from llmfast.integrations.transformers.compat import closure, is_and, packed_pattern
 
 __all__ = ["Mask", "build", "dense", "read"]
 
@@ -67,7 +68,7 @@ def build(
     config=None,
     **kwargs,
 ) -> Tensor | None:
-    """transformers' mask interface; arguments as `transformers.masking_utils.sdpa_mask` has them since 5.4."""
+    """transformers' mask interface; arguments as `transformers.masking_utils.sdpa_mask` has them."""
     tracing = is_tracing(attention_mask)
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is not None:
