@@ -28,7 +28,9 @@ TINY = dict(
     eos_token_id=2,
 )
 PLAIN = {key: value for key, value in TINY.items() if key != "num_key_value_heads"}
-GPT2 = dict(vocab_size=V, n_embd=64, n_layer=2, n_head=4, n_positions=64, attn_pdrop=0.0, bos_token_id=1, eos_token_id=2)
+GPT2 = dict(
+    vocab_size=V, n_embd=64, n_layer=2, n_head=4, n_positions=64, attn_pdrop=0.0, bos_token_id=1, eos_token_id=2
+)
 GEMMA = dict(head_dim=16, sliding_window=5, layer_types=["sliding_attention", "full_attention"])
 PHI_ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 NEOX_ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}

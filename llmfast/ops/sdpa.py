@@ -67,9 +67,7 @@ def scaled_dot_product_attention(
     prepared = _prepare_twin(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     if isinstance(prepared, str):
         backend.count_fallback("scaled_dot_product_attention", prepared)
-        return _torchs_own(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+        return _torchs_own(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     q, k, v, mask, right, shape = prepared
     out = _attention(q, k, v, mask, None, right, *_score_options(q, scale, None))[0]
     return out if len(shape) == 4 else out.view(shape)
