@@ -11,7 +11,7 @@ transformers = pytest.importorskip("transformers", "5.4")
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM  # noqa: E402
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
 
-from llmfast.integrations.transformers import patch, unpatch  # noqa: E402
+from llmfast.integrations.transformers import layers, patch, unpatch  # noqa: E402
 from llmfast.integrations.transformers.loss import LazyLogits  # noqa: E402
 
 V = 96
@@ -360,6 +360,16 @@ def test_compile(name):
     out.loss.backward()
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     _assert_close((out.logits[mask == 1], out.loss, grads), expected)
+
+
+def test_layout_of_conv1d():
+    """The processor reads [in, out] as it is; other devices get a copy where there are rows enough to pay for it."""
+    conv = transformers.pytorch_utils.Conv1D(6, 4)
+    assert layers._weight(conv, torch.empty(100, 4)).data_ptr() == conv.weight.data_ptr()
+    conv = conv.to("meta")
+    few, many = (layers._weight(conv, torch.empty(2, rows // 2, 4, device="meta")) for rows in (32, 64))
+    assert few.stride() == (1, 6) and many.stride() == (4, 1)
+    assert few.shape == many.shape == (6, 4)
 
 
 def test_unknown_architecture():

@@ -93,7 +93,7 @@ def conv1d(self: Conv1D, x: Tensor) -> Tensor:
         return Conv1D.forward(self, x)
     trains = torch.is_grad_enabled() and weight.requires_grad and x.is_cpu
     if torch.compiler.is_compiling() or not trains or torch.is_autocast_enabled(x.device.type):
-        return ops.linear(x, weight.t(), bias)
+        return ops.linear(x, _weight(self, x), bias)
     return _Conv1D.apply(x, weight, bias)
 
 
@@ -182,8 +182,18 @@ def _add_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Ten
 # Feed-forward networks
 
 
-def _weight(layer: nn.Module) -> Tensor:
-    return layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
+# Rows of x from which a GPU gets Conv1D's weight as a copy in the other layout: its kernels load 16 bytes along K and take
+# anything else element by element, Hopper's not at all. The number is a guess that no device has confirmed.
+COPIED_FROM_ROWS = 64
+
+
+def _weight(layer: nn.Module, x: Tensor) -> Tensor:
+    """``[out, in]``; of Conv1D, which has ``[in, out]``, a view that the processor's kernels take as it is."""
+    if not isinstance(layer, Conv1D):
+        return layer.weight
+    weight = layer.weight.t()
+    many = x.numel() >= COPIED_FROM_ROWS * x.shape[-1]
+    return weight if x.is_cpu or not many else weight.contiguous()
 
 
 def _two_layers(x: Tensor, up: nn.Module, activation: Callable, down: nn.Module) -> Tensor:
@@ -191,7 +201,7 @@ def _two_layers(x: Tensor, up: nn.Module, activation: Callable, down: nn.Module)
     name = _activation(activation)
     if name is None or not _plain(up, down) or not _takes(x, up.weight, down.weight):
         return down(activation(up(x)))
-    return ops.ffn(x, _weight(up), up.bias, _weight(down), down.bias, activation=name)
+    return ops.ffn(x, _weight(up, x), up.bias, _weight(down, x), down.bias, activation=name)
 
 
 @_replacement
