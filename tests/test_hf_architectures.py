@@ -47,7 +47,7 @@ ARCHITECTURES = {
     "qwen3_moe": (
         "qwen3_moe",
         TINY | EXPERTS | dict(head_dim=16, mlp_only_layers=[0]),
-        {"rms_norm": 9, "rotary_attention": 2, "pre_norm_block": 2},
+        {"rms_norm": 9, "gated_mlp": 1, "rotary_attention": 2, "pre_norm_block": 2},
     ),
     "glm": ("glm", TINY | dict(head_dim=16), {"rms_norm": 5, "pre_norm_block": 2}),  # rotary pairs are neighbours
     "stablelm": ("stablelm", TINY, {"gated_mlp": 2}),
@@ -60,13 +60,15 @@ ARCHITECTURES = {
     ),
     "t5": ("t5", T5 | dict(pad_token_id=0, eos_token_id=1), {"t5_rms_norm": 12}),
 }
+# transformers 5.4 declares this field of these as a number and refuses its own default.
+UNTIED = {"tie_word_embeddings": 0} if transformers.__version__.startswith("5.4.") else {}
 AUTO = {"t5": AutoModelForSeq2SeqLM, "eurobert": AutoModelForMaskedLM}
 
 
 def _model(name: str):
     kind, options, _ = ARCHITECTURES[name]
     torch.manual_seed(0)
-    config = CONFIG_MAPPING[kind](**options)
+    config = CONFIG_MAPPING[kind](**options, **(UNTIED if name in ("olmo2", "eurobert") else {}))
     for dropout in ("attention_dropout", "hidden_dropout", "dropout_rate", "resid_pdrop", "embd_pdrop"):
         if hasattr(config, dropout):
             setattr(config, dropout, 0.0)
