@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", "5.0")
+transformers = pytest.importorskip("transformers", "5.4")
 
 import llmfast.integrations.transformers  # noqa: E402, F401
 from llmfast import backend  # noqa: E402

@@ -6,12 +6,12 @@ import io
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", "5.0")
+transformers = pytest.importorskip("transformers", "5.4")
 
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM  # noqa: E402
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
 
-from llmfast.integrations.transformers import patch, unpatch  # noqa: E402
+from llmfast.integrations.transformers import layers, patch, unpatch  # noqa: E402
 from llmfast.integrations.transformers.loss import LazyLogits  # noqa: E402
 
 V = 96
@@ -28,7 +28,9 @@ TINY = dict(
     eos_token_id=2,
 )
 PLAIN = {key: value for key, value in TINY.items() if key != "num_key_value_heads"}
-GPT2 = dict(vocab_size=V, n_embd=64, n_layer=2, n_head=4, n_positions=64, attn_pdrop=0, bos_token_id=1, eos_token_id=2)
+GPT2 = dict(
+    vocab_size=V, n_embd=64, n_layer=2, n_head=4, n_positions=64, attn_pdrop=0.0, bos_token_id=1, eos_token_id=2
+)
 GEMMA = dict(head_dim=16, sliding_window=5, layer_types=["sliding_attention", "full_attention"])
 PHI_ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 NEOX_ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}
@@ -358,6 +360,16 @@ def test_compile(name):
     out.loss.backward()
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     _assert_close((out.logits[mask == 1], out.loss, grads), expected)
+
+
+def test_layout_of_conv1d():
+    """The processor reads [in, out] as it is; other devices get a copy where there are rows enough to pay for it."""
+    conv = transformers.pytorch_utils.Conv1D(6, 4)
+    assert layers._weight(conv, torch.empty(100, 4)).data_ptr() == conv.weight.data_ptr()
+    conv = conv.to("meta")
+    few, many = (layers._weight(conv, torch.empty(2, rows // 2, 4, device="meta")) for rows in (32, 64))
+    assert few.stride() == (1, 6) and many.stride() == (4, 1)
+    assert few.shape == many.shape == (6, 4)
 
 
 def test_unknown_architecture():

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", "5.0")
+transformers = pytest.importorskip("transformers", "5.4")
 
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig  # noqa: E402
 
@@ -18,7 +18,7 @@ def _model(name: str = "llama"):
     torch.manual_seed(0)
     special = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
     if name == "gpt2":
-        sizes = dict(n_embd=64, n_layer=2, n_head=4, n_positions=64, attn_pdrop=0, resid_pdrop=0, embd_pdrop=0)
+        sizes = dict(n_embd=64, n_layer=2, n_head=4, n_positions=64, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
         config = GPT2Config(vocab_size=V, **sizes, **special)
     else:
         sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)

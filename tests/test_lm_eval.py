@@ -144,6 +144,28 @@ def test_batches_change_nothing(folder, tasks):
     assert empty == 0 and much < short < 0
 
 
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")),
+    ],
+)
+def test_device(folder, device):
+    """The model goes where it is told, and its inputs with it: the same scores and text as without a word."""
+    from lm_eval.api.instance import Instance
+
+    from llmfast.integrations.lm_eval import LlmfastLM
+
+    here, there = LlmfastLM(folder), LlmfastLM(folder, device=device)
+    assert here.device.type == "cpu" and there.device.type == device
+    scored = [Instance("loglikelihood", {}, (text[:9], text[9:]), i) for i, text in enumerate(SENTENCES[:5])]
+    for (a, _), (b, _) in zip(here.loglikelihood(scored, True), there.loglikelihood(scored, True)):
+        assert a == pytest.approx(b, rel=1e-4)
+    asked = [Instance("generate_until", {}, (SENTENCES[0], {"max_gen_toks": 4}), 0)]
+    assert here.generate_until(asked, True) == there.generate_until(asked, True)
+
+
 def test_chat_template(folder):
     from llmfast.integrations.lm_eval import LlmfastLM
 
@@ -165,8 +187,13 @@ def test_what_it_does_not_take(folder):
     model = GPT.preset("gpt-nano", vocab_size=257, context=32)
     with pytest.raises(ValueError, match="path: got None, expected a path, or a model and a tokenizer"):
         LlmfastLM(model=model)
-    with pytest.raises(ValueError, match="device: got 'cuda', expected 'cpu' or None"):
-        LlmfastLM(folder, device="cuda")
+    for device, message in (
+        ("tpu", "device: got 'tpu', expected 'cpu', 'cuda' or 'cuda:N'$"),
+        ("meta", "device: got 'meta', expected 'cpu', 'cuda' or 'cuda:N'$"),
+        ("cuda:97", "device: got 'cuda:97', expected 'cpu', 'cuda' or 'cuda:N', N below [0-9]+, the number of GPUs"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LlmfastLM(folder, device=device)
     with pytest.raises(ValueError, match="max_length: got 64, expected at most the context, 32"):
         LlmfastLM(model=model, tokenizer=ByteTokenizer(), max_length=64)
     adapter = LlmfastLM(model=model, tokenizer=ByteTokenizer(), max_length=16)

@@ -717,3 +717,16 @@ def test_importing_switches_nothing_on():
     assert integrations.torch is integration
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = integrations.nothing
+
+
+def test_twin_in_torchs_place(monkeypatch):
+    """Programs that assign to torch.nn.functional: what the kernels do not take still reaches torch's own."""
+    q, k, v = (torch.randn(2, 3, 5, 8) for _ in range(3))
+    expected = [
+        F.scaled_dot_product_attention(q.double(), k.double(), v.double()),
+        F.scaled_dot_product_attention(q, k, v),
+    ]
+    monkeypatch.setattr(F, "scaled_dot_product_attention", llmfast.scaled_dot_product_attention)
+    monkeypatch.setenv("LLMFAST_STRICT", "0")
+    torch.testing.assert_close(F.scaled_dot_product_attention(q.double(), k.double(), v.double()), expected[0])
+    torch.testing.assert_close(F.scaled_dot_product_attention(q, k, v), expected[1])

@@ -41,10 +41,12 @@ class LlmfastLM(TemplateLM):
         max_gen_toks: most tokens to generate where a task does not say.
         batch_size: texts that are continued at a time.
         batch_tokens: tokens that are scored at a time (at least one request).
-        device: ``cpu`` or None.
+        device: ``cpu``, ``cuda`` or ``cuda:N``, to which the model is moved; default: where it is, the processor for a
+            path.
 
     Raises:
-        ValueError: neither a path nor a model and tokenizer, or one that has no token to begin a text with.
+        ValueError: neither a path nor a model and tokenizer, or one that has no token to begin a text with; a device
+            that is not one of these, or not there.
 
     Example:
         >>> lm_eval.simple_evaluate(LlmfastLM(model=model, tokenizer=tokenizer), tasks=["lambada_openai"])
@@ -62,11 +64,10 @@ class LlmfastLM(TemplateLM):
         batch_size: int | str | None = 8,
         max_batch_size: int | None = None,
         batch_tokens: int = 2048,
-        device: str | None = None,
+        device: str | torch.device | None = None,
     ) -> None:
         super().__init__()
-        if device not in (None, "cpu"):
-            raise ValueError(f"device: got {device!r}, expected 'cpu' or None")
+        place = None if device is None else _device(device)
         if path is not None:
             dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
             model, tokenizer = GPT.from_pretrained(path, dtype), load_tokenizer(path)
@@ -74,13 +75,17 @@ class LlmfastLM(TemplateLM):
             raise ValueError("path: got None, expected a path, or a model and a tokenizer")
         if tokenizer.bos_id is None and tokenizer.eot_id is None:
             raise ValueError("tokenizer: has neither bos_id nor eot_id, expected one to begin texts with")
-        self.model, self.tokenizer = model.eval(), tokenizer
+        self.model, self.tokenizer = (model if place is None else model.to(place)).eval(), tokenizer
         self.max_length = int(max_length or model.config.context)
         if self.max_length > model.config.context:
             raise ValueError(f"max_length: got {max_length}, expected at most the context, {model.config.context}")
         self.max_gen_toks = int(max_gen_toks)
         self.batch_size = 8 if batch_size in (None, "auto") else int(batch_size)
         self.batch_tokens = int(batch_tokens)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
     @property
     def eot_token_id(self) -> int | None:
@@ -160,14 +165,15 @@ class LlmfastLM(TemplateLM):
     def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         lengths = [len(inputs) for inputs, _ in pairs]
         bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        device = self.device
         hidden = self.model.hidden(
-            torch.tensor([[token for inputs, _ in pairs for token in inputs]]),
-            position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
-            cu_seqlens=bounds,
+            torch.tensor([[token for inputs, _ in pairs for token in inputs]], device=device),
+            position_ids=torch.cat([torch.arange(length) for length in lengths])[None].to(device),
+            cu_seqlens=bounds.to(device),
         )[0]
         ends = bounds[1:].tolist()
         rows = torch.cat([torch.arange(end - len(scored), end) for end, (_, scored) in zip(ends, pairs)])
-        targets = torch.tensor([token for _, scored in pairs for token in scored])
+        rows, targets = rows.to(device), torch.tensor([token for _, scored in pairs for token in scored], device=device)
         logprobs, greedy = [], []
         for some, wanted in zip(rows.split(LOGIT_ROWS), targets.split(LOGIT_ROWS)):
             logits = ops.linear(hidden[some], self.model.head_weight).float()
@@ -175,8 +181,9 @@ class LlmfastLM(TemplateLM):
             logprobs.append(chosen - logits.logsumexp(-1))
             greedy.append(logits.argmax(-1) == wanted)
         counts = [len(scored) for _, scored in pairs]
-        sums = [part.double().sum().item() for part in torch.cat(logprobs).split(counts)]
-        return list(zip(sums, (bool(part.all()) for part in torch.cat(greedy).split(counts))))
+        logprob, agrees = torch.cat(logprobs).cpu(), torch.cat(greedy).cpu()
+        sums = [part.double().sum().item() for part in logprob.split(counts)]
+        return list(zip(sums, (bool(part.all()) for part in agrees.split(counts))))
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         """The log-probability of whole texts, in windows that do not overlap where they are longer than `max_length`."""
@@ -232,3 +239,16 @@ class LlmfastLM(TemplateLM):
         )
         stops = [stop for stop in given["until"] if stop]
         return {"max_new_tokens": given["max_gen_toks"], "sampling": sampling, "stop_strings": stops, "seed": 0}
+
+
+def _device(device: str | torch.device) -> torch.device:
+    expected = f"device: got {str(device)!r}, expected 'cpu', 'cuda' or 'cuda:N'"
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(expected) from None
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(expected)
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"{expected}, N below {torch.cuda.device_count()}, the number of GPUs here")
+    return found

@@ -57,6 +57,7 @@ class GPTConfig:
         bias: biases in linear layers and LayerNorm.
         qkv_bias: biases of the query, key and value projection; None means `bias`.
         out_bias: bias of attention's output projection; None means `bias`.
+        qk_norm: RMSNorm of every head's queries and keys, with one weight ``[D]`` each, before rotary positions (Qwen 3).
         tie_embeddings: the head uses the embedding's weight.
         window: sliding-window attention over this many tokens (each token and those before it), or None.
         activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
@@ -80,6 +81,7 @@ class GPTConfig:
     bias: bool = True
     qkv_bias: bool | None = None
     out_bias: bool | None = None
+    qk_norm: bool = False
     tie_embeddings: bool = True
     window: int | None = None
     activation_checkpointing: bool = False
@@ -140,7 +142,7 @@ class GPTConfig:
         norm = C * (2 if self.norm == "layer_norm" and self.bias else 1)
         biases = (self.F + C if self.bias else 0) + (C if self.has_out_bias else 0)
         biases += (self.heads + 2 * self.Hkv) * D if self.has_qkv_bias else 0
-        block = self.block_matmul_parameters() + 2 * norm + biases
+        block = self.block_matmul_parameters() + 2 * norm + biases + (2 * D if self.qk_norm else 0)
         embedding = self.vocab_size * C * (1 if self.tie_embeddings else 2)
         positions = self.context * C if self.position == "learned" else 0
         return embedding + positions + self.layers * block + norm

@@ -16,7 +16,7 @@ from llmfast.models.tensor_names import GGUF, Part, parts
 
 __all__ = ["GGUFModel"]
 
-ARCHITECTURES = ("gpt2", "llama", "qwen2")
+ARCHITECTURES = ("gpt2", "llama", "qwen2", "qwen3")
 ROTARY_FACTORS = "rope_freqs.weight"  # what each frequency is divided by: Llama 3.1's scaling
 LLAMA3_CONTEXT = 8192
 PLAIN_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -98,6 +98,7 @@ class GGUFModel:
             bias="blk.0.ffn_up.bias" in tensors,
             qkv_bias="blk.0.attn_q.bias" in tensors,
             out_bias="blk.0.attn_output.bias" in tensors,
+            qk_norm="blk.0.attn_q_norm.weight" in tensors,
             window=fields.get(f"{architecture}.attention.sliding_window") or None,
         )
         return config.replace(rotary_scaling=self._scaling(config, architecture))

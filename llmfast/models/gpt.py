@@ -42,6 +42,7 @@ class Block(nn.Module):
             config.has_qkv_bias,
             config.has_out_bias,
             config.window,
+            config.norm_eps if config.qk_norm else None,
         )
         self.ffn_norm = _norm(config)
         self.ffn = FFN(config.width, config.F, config.activation, config.gated, config.bias)
@@ -97,8 +98,9 @@ class GPT(nn.Module):
         See `llmfast.models.pretrained.load_pretrained`; ``llmfast.data.load_tokenizer(path)`` gives the tokenizer.
 
         Args:
-            path: folder with ``config.json`` and safetensors (one file or shards) of a GPT-2, Llama, Mistral or Qwen2
-                model; a ``.gguf`` file of one of these (needs the extra ``hf``), or a folder with exactly one.
+            path: folder with ``config.json`` and safetensors (one file or shards) of a GPT-2, Llama, Mistral, Qwen2,
+                Qwen3 or Phi-3 model; a ``.gguf`` file of one of these but Phi-3 (needs the extra ``hf``), or a folder
+                with exactly one.
             dtype: of the parameters: float32, bfloat16 or float16. Default: the one that the files name; float32 for a
                 quantised GGUF, whose numbers it holds exactly.
 

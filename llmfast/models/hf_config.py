@@ -23,13 +23,28 @@ ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
 }
 # What a config.json may leave out, by the defaults of transformers' classes.
 LLAMA_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048, "num_key_value_heads": None},
     "mistral": {"max_position_embeddings": 4096 * 32, "num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096},
+    "qwen3": {
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "sliding_window": 4096,
+    },
+    "phi3": {
+        "max_position_embeddings": 4096,
+        "num_key_value_heads": None,
+        "rms_norm_eps": 1e-5,
+        "sliding_window": None,
+    },
 }
+BIASED = ("llama", "qwen3")  # have the field attention_bias
 
 
 def config_from_hf(hf: dict[str, Any]) -> GPTConfig:
@@ -86,8 +101,9 @@ def _from_llama(hf: dict[str, Any], model_type: str) -> GPTConfig:
         rotary_theta=theta,
         rotary_scaling=scaling,
         bias=llama and hf.get("mlp_bias", False),
-        qkv_bias=model_type == "qwen2" or (llama and hf.get("attention_bias", False)),
-        out_bias=llama and hf.get("attention_bias", False),
+        qkv_bias=model_type == "qwen2" or (model_type in BIASED and hf.get("attention_bias", False)),
+        out_bias=model_type in BIASED and hf.get("attention_bias", False),
+        qk_norm=model_type == "qwen3",
         tie_embeddings=hf.get("tie_word_embeddings", False),
         window=None if llama else _window(hf, model_type),
     )
@@ -128,7 +144,7 @@ def _rotary(hf: dict[str, Any]) -> tuple[float, RotaryScaling | None]:
 
 def _window(hf: dict[str, Any], model_type: str) -> int | None:
     window = hf["sliding_window"]
-    if model_type == "qwen2":
+    if model_type in ("qwen2", "qwen3"):
         window = window if hf.get("use_sliding_window", False) else None
         first = hf.get("max_window_layers", 28)
         layers = hf["num_hidden_layers"]
@@ -150,7 +166,7 @@ def config_to_hf(config: GPTConfig) -> dict[str, Any]:
     """
     gpt2 = config.position == "learned"
     if gpt2:
-        wanted = {"norm": "layer_norm", "gated": False, "window": None}
+        wanted = {"norm": "layer_norm", "gated": False, "window": None, "qk_norm": False}
     else:
         wanted = {"norm": "rms_norm", "gated": True}
     for name, expected in wanted.items():
@@ -205,8 +221,10 @@ def _to_llama(config: GPTConfig) -> dict[str, Any]:
     }
     if model_type == "llama":
         hf |= {"attention_bias": config.has_qkv_bias or config.has_out_bias, "mlp_bias": config.bias}
-    elif model_type == "qwen2":
+    elif model_type in ("qwen2", "qwen3"):
         hf |= {"use_sliding_window": config.window is not None, "sliding_window": config.window, "max_window_layers": 0}
+        if model_type == "qwen3":
+            hf["attention_bias"] = config.has_qkv_bias
     else:
         hf |= {"sliding_window": config.window}
     scaling = config.rotary_scaling
@@ -222,7 +240,12 @@ def _to_llama(config: GPTConfig) -> dict[str, Any]:
 
 
 def _llama_type(config: GPTConfig) -> str:
-    """Llama has every bias or none around attention, and no window; Mistral a window; Qwen2 biases into attention."""
+    """Llama has every bias or none around attention, and no window; Mistral a window; Qwen2 biases into attention; Qwen3
+    norms of queries and keys. Phi-3's fused weights are the same function as Llama's or Mistral's."""
+    if config.qk_norm:
+        if config.bias or config.has_qkv_bias != config.has_out_bias:
+            raise ValueError("qk_norm: got True, expected no biases with it but all of attention's")
+        return "qwen3"
     if config.has_qkv_bias and not config.has_out_bias and not config.bias:
         return "qwen2"
     if config.window is None:

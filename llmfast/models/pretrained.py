@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llmfast.models.config import GPTConfig
 from llmfast.models.hf_config import config_from_hf, config_to_hf
-from llmfast.models.tensor_names import GPT2, LLAMA, Part, parts
+from llmfast.models.tensor_names import GPT2, LLAMA, PHI3, Part, parts
 
 if TYPE_CHECKING:
     from llmfast.data import Tokenizer
@@ -148,7 +148,8 @@ def _huggingface(
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG_FILE}: {error}") from None
     gpt2 = description["model_type"] == "gpt2"
-    names, base = (GPT2, "transformer.") if gpt2 else (LLAMA, "model.")
+    phi3 = description["model_type"] == "phi3"
+    names, base = (GPT2, "transformer.") if gpt2 else (PHI3 if phi3 else LLAMA, "model.")
     present = files.names()
     if not any(name.startswith(base) for name in present):  # saved from the model without its head
         names = {role: name.removeprefix(base) for role, name in names.items()}
@@ -190,9 +191,12 @@ def _model(
         for part in table[name]:
             rows = parameter[start : start + part.rows]
             tensor = files.read(part.name)
-            shape = tuple(rows.shape[::-1] if part.transposed else rows.shape)
+            expected_rows = (part.whole or part.rows, *rows.shape[1:])
+            shape = expected_rows[::-1] if part.transposed else expected_rows
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{files.path}: {part.name} has shape {tuple(tensor.shape)}, expected {shape}")
+            if part.whole:
+                tensor = tensor[part.start : part.start + part.rows]
             if part.interleaved:
                 tensor = _half_split(tensor, part.interleaved)
             rows.copy_(tensor.T if part.transposed else tensor)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from llmfast.models.config import GPTConfig
 
-__all__ = ["GGUF", "GPT2", "LLAMA", "Part", "parts"]
+__all__ = ["GGUF", "GPT2", "LLAMA", "PHI3", "Part", "parts"]
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,15 @@ class Part:
         transposed: the file holds ``[in, out]`` (GPT-2's Conv1D).
         interleaved: heads whose rotary pairs are neighbours, (0, 1), (2, 3), ..., where llmfast and transformers have
             (0, D/2), (1, D/2 + 1), ...; 0 when the file has them so too.
+        start, whole: of a tensor of `whole` rows, the part is `rows` from `start`; 0: the tensor has no more rows.
     """
 
     name: str
     rows: int
     transposed: bool = False
     interleaved: int = 0
+    start: int = 0
+    whole: int = 0
 
 
 GPT2 = {
@@ -47,11 +50,17 @@ LLAMA = {
     "q": "model.layers.{}.self_attn.q_proj",
     "k": "model.layers.{}.self_attn.k_proj",
     "v": "model.layers.{}.self_attn.v_proj",
+    "q_norm": "model.layers.{}.self_attn.q_norm",
+    "k_norm": "model.layers.{}.self_attn.k_norm",
     "out": "model.layers.{}.self_attn.o_proj",
     "ffn_norm": "model.layers.{}.post_attention_layernorm",
     "gate": "model.layers.{}.mlp.gate_proj",
     "up": "model.layers.{}.mlp.up_proj",
     "down": "model.layers.{}.mlp.down_proj",
+}
+PHI3 = {role: name for role, name in LLAMA.items() if role not in ("q", "k", "v", "gate", "up")} | {
+    "qkv": "model.layers.{}.self_attn.qkv_proj",
+    "gate_up": "model.layers.{}.mlp.gate_up_proj",
 }
 GGUF = {
     "embedding": "token_embd.weight",
@@ -63,6 +72,8 @@ GGUF = {
     "q": "blk.{}.attn_q",
     "k": "blk.{}.attn_k",
     "v": "blk.{}.attn_v",
+    "q_norm": "blk.{}.attn_q_norm",
+    "k_norm": "blk.{}.attn_k_norm",
     "out": "blk.{}.attn_output",
     "ffn_norm": "blk.{}.ffn_norm",
     "gate": "blk.{}.ffn_gate",
@@ -104,13 +115,21 @@ def parts(
 
         separate = [("q", query, config.heads), ("k", key, config.Hkv), ("v", key, 0)]
         norm(f"{block}.attention_norm", names["attention_norm"].format(i))
-        fused = config.position == "learned"  # GPT-2's files have one projection for all three
+        fused = "q" not in names or config.position == "learned"  # GPT-2's and Phi-3's files have one for all three
         linear("attention.qkv", config.has_qkv_bias, [("qkv", query + 2 * key, 0)] if fused else separate)
+        if config.qk_norm:
+            for role in ("q_norm", "k_norm"):
+                table[f"{block}.attention.{role}.weight"] = [Part(f"{names[role].format(i)}.weight", D)]
         linear("attention.out", config.has_out_bias, [("out", C, 0)])
         norm(f"{block}.ffn_norm", names["ffn_norm"].format(i))
-        linear("ffn.up", config.bias, [("up", F, 0)])
-        if config.gated:
-            linear("ffn.gate", False, [("gate", F, 0)])
+        if "gate_up" in names:
+            both = f"{names['gate_up'].format(i)}.weight"
+            table[f"{block}.ffn.gate.weight"] = [Part(both, F, whole=2 * F)]
+            table[f"{block}.ffn.up.weight"] = [Part(both, F, start=F, whole=2 * F)]
+        else:
+            linear("ffn.up", config.bias, [("up", F, 0)])
+            if config.gated:
+                linear("ffn.gate", False, [("gate", F, 0)])
         linear("ffn.down", config.bias, [("down", C, 0)])
     norm("norm", names["norm"])
     if not config.tie_embeddings:

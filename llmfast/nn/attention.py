@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from llmfast import ops
-from llmfast.nn.layers import Linear
+from llmfast.nn.layers import AddRMSNorm, Linear
 
 __all__ = ["KVCache", "SelfAttention"]
 
@@ -53,15 +53,28 @@ class KVCache:
 
 
 class SelfAttention(nn.Module):
-    """``x [B, T, C] -> [B, T, C]``. With `kv_heads` < `heads`, groups of query heads share keys and values (GQA)."""
+    """``x [B, T, C] -> [B, T, C]``. With `kv_heads` < `heads`, groups of query heads share keys and values (GQA).
+
+    `qk_norm_eps`: queries and keys go through an RMSNorm over `head_dim` with this epsilon; None: they do not.
+    """
 
     def __init__(
-        self, width: int, heads: int, kv_heads: int, head_dim: int, bias: bool, out_bias: bool, window: int | None
+        self,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        bias: bool,
+        out_bias: bool,
+        window: int | None,
+        qk_norm_eps: float | None = None,
     ) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim, self.window = heads, kv_heads, head_dim, window
         self.qkv = Linear(width, (heads + 2 * kv_heads) * head_dim, bias=bias)
         self.out = Linear(heads * head_dim, width, bias=out_bias)
+        self.q_norm = None if qk_norm_eps is None else AddRMSNorm(head_dim, qk_norm_eps)
+        self.k_norm = None if qk_norm_eps is None else AddRMSNorm(head_dim, qk_norm_eps)
 
     def forward(
         self,
@@ -76,7 +89,10 @@ class SelfAttention(nn.Module):
         B, T, _ = x.shape
         D = self.head_dim
         qkv = self.qkv(x).view(B, T, -1, D)
-        q, k, v = (t.transpose(1, 2) for t in qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2))
+        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q)[0], self.k_norm(k)[0]
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if rotary is not None:
             q, k = ops.rotary(q, k, *rotary)
         if cu_seqlens is not None:

@@ -105,6 +105,8 @@ def _weights(block: nn.Module) -> Weights | None:
         return None
     if type(attention) is not SelfAttention or type(ffn) is not FFN:
         return None
+    if attention._modules.get("q_norm") is not None or attention._modules.get("k_norm") is not None:
+        return None  # the native block has no norms there
     linears = (
         attention._modules["qkv"],
         attention._modules["out"],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from llmfast import backend
@@ -19,6 +18,9 @@ from llmfast.ops.attention import (
 )
 
 __all__ = ["scaled_dot_product_attention"]
+
+# Kept, for programs that put our function in torch's place.
+_torchs_own = torch.nn.functional.scaled_dot_product_attention
 
 
 def scaled_dot_product_attention(
@@ -65,9 +67,7 @@ def scaled_dot_product_attention(
     prepared = _prepare_twin(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     if isinstance(prepared, str):
         backend.count_fallback("scaled_dot_product_attention", prepared)
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+        return _torchs_own(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     q, k, v, mask, right, shape = prepared
     out = _attention(q, k, v, mask, None, right, *_score_options(q, scale, None))[0]
     return out if len(shape) == 4 else out.view(shape)

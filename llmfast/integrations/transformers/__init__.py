@@ -13,11 +13,12 @@ Importing this module registers the attention implementation, after which any mo
 
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from llmfast.integrations.transformers import masks
+from llmfast.integrations.transformers import compat, masks
 from llmfast.integrations.transformers.attention import attention_forward
 from llmfast.integrations.transformers.patching import Patched, patch, unpatch
 
 __all__ = ["Patched", "attention_forward", "patch", "unpatch"]
 
+compat.require_supported()
 AttentionInterface.register("llmfast", attention_forward)
 AttentionMaskInterface.register("llmfast", masks.build)

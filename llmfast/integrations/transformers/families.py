@@ -55,6 +55,7 @@ FAMILIES: dict[str, dict[str, str]] = {
     "gemma3": _GEMMA3,
     "gemma3_text": _GEMMA3,
     "phi3": _PHI3,
+    "falcon": {"FalconLinear": "linear"},
     "gpt_neox": {"GPTNeoXAttention": "gpt_neox_attention", "GPTNeoXMLP": "gpt_neox_mlp"},
     "bert": _bert("Bert"),
     "roberta": _bert("Roberta"),

@@ -8,7 +8,6 @@ that pickling a patched model stores a plain one.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 
 import torch
@@ -18,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from llmfast import ops
 from llmfast.integrations.transformers.attention import attention_forward
+from llmfast.integrations.transformers.compat import given_cache, with_cache
 from llmfast.ops._native_op import overrides_torch
 
 __all__ = ["ACTIVATIONS", "REPLACEMENTS", "is_ours"]
@@ -93,7 +93,7 @@ def conv1d(self: Conv1D, x: Tensor) -> Tensor:
         return Conv1D.forward(self, x)
     trains = torch.is_grad_enabled() and weight.requires_grad and x.is_cpu
     if torch.compiler.is_compiling() or not trains or torch.is_autocast_enabled(x.device.type):
-        return ops.linear(x, weight.t(), bias)
+        return ops.linear(x, _weight(self, x), bias)
     return _Conv1D.apply(x, weight, bias)
 
 
@@ -130,22 +130,40 @@ def layer_norm(self: nn.LayerNorm, input: Tensor) -> Tensor:
 
 @_replacement
 def rms_norm(self: nn.Module, hidden_states: Tensor) -> Tensor:
-    if not _takes(hidden_states, self.weight):
-        return type(self).forward(self, hidden_states)
-    return ops.add_rms_norm(
-        hidden_states,
-        None,
-        self.weight,
-        self.variance_epsilon,
-        out_dtype=torch.promote_types(hidden_states.dtype, self.weight.dtype),
-    )[0]
+    return _rms_norm(self, "rms_norm", hidden_states)
+
+
+@_replacement
+def olmo_rms_norm(self: nn.Module, hidden_states: Tensor) -> Tensor:
+    return _rms_norm(self, "olmo_rms_norm", hidden_states)
+
+
+@_replacement
+def t5_rms_norm(self: nn.Module, hidden_states: Tensor) -> Tensor:
+    return _rms_norm(self, "t5_rms_norm", hidden_states)
 
 
 @_replacement
 def gemma_rms_norm(self: nn.Module, x: Tensor) -> Tensor:
-    if not _takes(x, self.weight):
-        return type(self).forward(self, x)
-    return ops.add_rms_norm(x, None, 1.0 + self.weight.float(), self.eps)[0]
+    return _rms_norm(self, "gemma_rms_norm", x)
+
+
+def _rms_norm(norm: nn.Module, kind: str, x: Tensor) -> Tensor:
+    if not _takes(x, norm.weight):
+        return type(norm).forward(norm, x)
+    weight, eps, dtype = _rms_settings(norm, kind, x.dtype)
+    return ops.add_rms_norm(x, None, weight, eps, out_dtype=dtype)[0]
+
+
+def _rms_settings(norm: nn.Module, kind: str, dtype: torch.dtype) -> tuple[Tensor, float, torch.dtype]:
+    """(weight, eps, dtype of the result) of an RMSNorm of input of `dtype`, as each architecture has it."""
+    if kind == "gemma_rms_norm":
+        return 1.0 + norm.weight.float(), norm.eps, dtype
+    if kind == "olmo_rms_norm":
+        return norm.weight, norm.variance_epsilon, dtype
+    if kind == "t5_rms_norm":
+        return norm.weight, norm.variance_epsilon, norm.weight.dtype
+    return norm.weight, norm.variance_epsilon, torch.promote_types(dtype, norm.weight.dtype)
 
 
 def _add_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,17 +175,25 @@ def _add_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Ten
     kind = norm.forward.__func__.kind
     if kind == "layer_norm":
         return ops.add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, out_dtype=dtype)
-    if kind == "gemma_rms_norm":
-        return ops.add_rms_norm(x, residual, 1.0 + norm.weight.float(), norm.eps, out_dtype=dtype)
-    out_dtype = torch.promote_types(dtype, norm.weight.dtype)
-    return ops.add_rms_norm(x, residual, norm.weight, norm.variance_epsilon, out_dtype=out_dtype)
+    weight, eps, out_dtype = _rms_settings(norm, kind, dtype)
+    return ops.add_rms_norm(x, residual, weight, eps, out_dtype=out_dtype)
 
 
 # Feed-forward networks
 
 
-def _weight(layer: nn.Module) -> Tensor:
-    return layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
+# Rows of x from which a GPU gets Conv1D's weight as a copy in the other layout: its kernels load 16 bytes along K and take
+# anything else element by element, Hopper's not at all. The number is a guess that no device has confirmed.
+COPIED_FROM_ROWS = 64
+
+
+def _weight(layer: nn.Module, x: Tensor) -> Tensor:
+    """``[out, in]``; of Conv1D, which has ``[in, out]``, a view that the processor's kernels take as it is."""
+    if not isinstance(layer, Conv1D):
+        return layer.weight
+    weight = layer.weight.t()
+    many = x.numel() >= COPIED_FROM_ROWS * x.shape[-1]
+    return weight if x.is_cpu or not many else weight.contiguous()
 
 
 def _two_layers(x: Tensor, up: nn.Module, activation: Callable, down: nn.Module) -> Tensor:
@@ -175,7 +201,7 @@ def _two_layers(x: Tensor, up: nn.Module, activation: Callable, down: nn.Module)
     name = _activation(activation)
     if name is None or not _plain(up, down) or not _takes(x, up.weight, down.weight):
         return down(activation(up(x)))
-    return ops.ffn(x, _weight(up), up.bias, _weight(down), down.bias, activation=name)
+    return ops.ffn(x, _weight(up, x), up.bias, _weight(down, x), down.bias, activation=name)
 
 
 @_replacement
@@ -217,27 +243,6 @@ def _rotated(q: Tensor, k: Tensor, position_embeddings: tuple[Tensor, Tensor]) -
     return ops.rotary(q, k, cos, sin, rotary_dim=cos.shape[-1])
 
 
-_CACHE_NAMES = ("cache", "past_key_values", "layer_past")  # since transformers 5.24; before; GPT-NeoX
-_cache_name_of: dict[type[nn.Module], str] = {}
-
-
-def _given_cache(cache: object, kwargs: dict) -> object:
-    """The cache of a call: `cache`, or what `kwargs` hold under another version's name for it, which is taken out."""
-    for name in _CACHE_NAMES:
-        other = kwargs.pop(name, None)
-        cache = other if cache is None else cache
-    return cache
-
-
-def _with_cache(module: nn.Module, cache: object) -> dict:
-    """The keyword that hands `cache` to a module, ours or transformers' own."""
-    kind = type(module)
-    if kind not in _cache_name_of:
-        parameters = inspect.signature(kind.forward).parameters
-        _cache_name_of[kind] = next(name for name in _CACHE_NAMES if name in parameters)
-    return {_cache_name_of[kind]: cache}
-
-
 def _attend(self: nn.Module, q, k, v, attention_mask, cache, softcap=None, **kwargs) -> Tensor:
     """``[B, Tq, Hq * D]`` on top of the cache."""
     if cache is not None:
@@ -272,7 +277,7 @@ def capped_rotary_attention(
 
 
 def _rotary_attention(self, hidden_states, position_embeddings, attention_mask, cache=None, **kwargs):
-    cache = _given_cache(cache, kwargs)
+    cache = given_cache(cache, kwargs)
     if _runs_elsewhere(self, hidden_states):
         kwargs.pop("softcap", None)
         return type(self).forward(self, hidden_states, position_embeddings, attention_mask, cache, **kwargs)
@@ -290,7 +295,7 @@ def _rotary_attention(self, hidden_states, position_embeddings, attention_mask, 
 
 @_replacement
 def phi3_attention(self: nn.Module, hidden_states, position_embeddings=None, attention_mask=None, cache=None, **kwargs):
-    cache = _given_cache(cache, kwargs)
+    cache = given_cache(cache, kwargs)
     if _runs_elsewhere(self, hidden_states):
         return type(self).forward(self, hidden_states, position_embeddings, attention_mask, cache, **kwargs)
     heads, kv_heads = self.config.num_attention_heads, self.num_key_value_heads
@@ -304,7 +309,7 @@ def phi3_attention(self: nn.Module, hidden_states, position_embeddings=None, att
 def gpt_neox_attention(
     self: nn.Module, hidden_states, attention_mask=None, cache=None, position_embeddings=None, **kwargs
 ):
-    cache = _given_cache(cache, kwargs)
+    cache = given_cache(cache, kwargs)
     if _runs_elsewhere(self, hidden_states):
         return type(self).forward(self, hidden_states, attention_mask, cache, position_embeddings, **kwargs)
     qkv = self.query_key_value(hidden_states).view(*hidden_states.shape[:-1], -1, 3 * self.head_size)
@@ -332,7 +337,7 @@ def pre_norm_block(
     position_embeddings=None,
     **kwargs,
 ):
-    cache = _given_cache(cache, kwargs)
+    cache = given_cache(cache, kwargs)
     kwargs.update(
         attention_mask=attention_mask,
         position_ids=position_ids,
@@ -340,10 +345,10 @@ def pre_norm_block(
         position_embeddings=position_embeddings,
     )
     if _as_written(self):
-        return type(self).forward(self, hidden_states, **_with_cache(self, cache), **kwargs)
+        return type(self).forward(self, hidden_states, **with_cache(self, cache), **kwargs)
     residual = hidden_states
     hidden_states, _ = self.self_attn(
-        hidden_states=self.input_layernorm(hidden_states), **_with_cache(self.self_attn, cache), **kwargs
+        hidden_states=self.input_layernorm(hidden_states), **with_cache(self.self_attn, cache), **kwargs
     )
     if hasattr(self, "resid_attn_dropout"):
         hidden_states = self.resid_attn_dropout(hidden_states)
@@ -364,17 +369,17 @@ def gemma_block(
     cache=None,
     **kwargs,
 ):
-    cache = _given_cache(cache, kwargs)
+    cache = given_cache(cache, kwargs)
     kwargs.update(
         position_embeddings=position_embeddings,
         attention_mask=attention_mask,
         position_ids=position_ids,
     )
     if _as_written(self):
-        return type(self).forward(self, hidden_states, **_with_cache(self, cache), **kwargs)
+        return type(self).forward(self, hidden_states, **with_cache(self, cache), **kwargs)
     residual = hidden_states
     hidden_states, _ = self.self_attn(
-        hidden_states=self.input_layernorm(hidden_states), **_with_cache(self.self_attn, cache), **kwargs
+        hidden_states=self.input_layernorm(hidden_states), **with_cache(self.self_attn, cache), **kwargs
     )
     hidden_states = self.post_attention_layernorm(hidden_states)
     hidden_states, residual = _add_norm(self.pre_feedforward_layernorm, hidden_states, residual)
@@ -392,12 +397,12 @@ def gpt2_block(
     use_cache=False,
     **kwargs,
 ):
-    cache = _given_cache(cache, kwargs)
+    cache = given_cache(cache, kwargs)
     kwargs.update(attention_mask=attention_mask, use_cache=use_cache)
     if encoder_hidden_states is not None or _as_written(self):
         kwargs.update(encoder_hidden_states=encoder_hidden_states, encoder_attention_mask=encoder_attention_mask)
-        return type(self).forward(self, hidden_states, **_with_cache(self, cache), **kwargs)
-    attention, _ = self.attn(self.ln_1(hidden_states), **_with_cache(self.attn, cache), **kwargs)
+        return type(self).forward(self, hidden_states, **with_cache(self, cache), **kwargs)
+    attention, _ = self.attn(self.ln_1(hidden_states), **with_cache(self.attn, cache), **kwargs)
     normed, residual = _add_norm(self.ln_2, attention, hidden_states)
     return residual + self.mlp(normed)
 
@@ -412,15 +417,15 @@ def opt_block(
     position_ids=None,
     **kwargs,
 ):
-    cache = _given_cache(cache, kwargs)
+    cache = given_cache(cache, kwargs)
     kwargs.update(attention_mask=attention_mask, position_ids=position_ids)
     if _as_written(self):
-        return type(self).forward(self, hidden_states, use_cache=use_cache, **_with_cache(self, cache), **kwargs)
+        return type(self).forward(self, hidden_states, use_cache=use_cache, **with_cache(self, cache), **kwargs)
     before = self.do_layer_norm_before
     residual = hidden_states
     if before:
         hidden_states = self.self_attn_layer_norm(hidden_states)
-    hidden_states, _ = self.self_attn(hidden_states=hidden_states, **_with_cache(self.self_attn, cache), **kwargs)
+    hidden_states, _ = self.self_attn(hidden_states=hidden_states, **with_cache(self.self_attn, cache), **kwargs)
     hidden_states = nn.functional.dropout(hidden_states, self.dropout, self.training)
     norm = self.final_layer_norm if before else self.self_attn_layer_norm
     hidden_states, summed = _add_norm(norm, hidden_states, residual)

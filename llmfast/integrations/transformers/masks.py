@@ -27,23 +27,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from transformers.masking_utils import (
-    and_masks,
     bidirectional_mask_function,
     causal_mask_function,
-    packed_sequence_mask_function,
     prepare_padding_mask,
-    remap_positions_for_packed_sequence,
     sdpa_mask,
     sliding_window_overlay,
 )
 from transformers.utils.import_utils import is_tracing
 
+from llmfast.integrations.transformers.compat import closure, is_and, packed_pattern
+
 __all__ = ["Mask", "build", "dense", "read"]
 
-_AND = and_masks().__code__
 _SLIDING = sliding_window_overlay(1).__code__
-_PACKED = packed_sequence_mask_function(None).__code__
-_REMAPPED = remap_positions_for_packed_sequence(causal_mask_function, None).__code__
 
 
 class Mask(NamedTuple):
@@ -150,26 +146,21 @@ def _causal(mask_function: Callable, local_size: int | None, config, tracing: bo
     if tracing:  # closures cannot be read here; `local_size` is either a window or a chunk
         is_window = local_size is not None and local_size == getattr(config, "sliding_window", None)
         return (local_size, None) if is_window and getattr(config, "attention_chunk_size", None) is None else None
-    if mask_function.__code__ is _AND:
-        functions = _closure(mask_function)["mask_functions"]
+    if is_and(mask_function):
+        functions = closure(mask_function)["mask_functions"]
         if len(functions) == 2 and functions[1] is causal_mask_function and functions[0].__code__ is _SLIDING:
-            return _closure(functions[0])["sliding_window"], None
+            return closure(functions[0])["sliding_window"], None
     return None
 
 
 def _packed(mask_function: Callable) -> tuple[int, Tensor] | None:
     """(window or 0, segment of each token) of a causal or sliding pattern over packed sequences."""
-    if mask_function.__code__ is not _AND:
+    found = packed_pattern(mask_function)
+    if found is None:
         return None
-    functions = _closure(mask_function)["mask_functions"]
-    if [f.__code__ for f in functions] != [_PACKED, _REMAPPED]:
-        return None
-    inner = _causal(_closure(functions[1])["mask_function"], None, None, False)
-    return None if inner is None else (inner[0], _closure(functions[0])["packed_sequence_mask"])
-
-
-def _closure(function: Callable) -> dict:
-    return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in function.__closure__)))
+    pattern, segments = found
+    inner = _causal(pattern, None, None, False)
+    return None if inner is None else (inner[0], segments)
 
 
 def _aligned_keys(q_length: int, kv_length: int, q_offset: int | Tensor, kv_offset: int, tracing: bool) -> int | None:

@@ -11,6 +11,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.pytorch_utils import Conv1D
 
 from llmfast.integrations.transformers import layers, loss
+from llmfast.integrations.transformers.alike import kind_of
 from llmfast.integrations.transformers.families import FAMILIES
 
 __all__ = ["Patched", "patch", "unpatch"]
@@ -49,7 +50,8 @@ def patch(model: nn.Module) -> Patched:
 
     Args:
         model: a `PreTrainedModel`, or any module with one inside (a PEFT model). Of architectures without a row in
-            `families.FAMILIES`, linear layers, LayerNorm, attention and the LM-head loss are replaced.
+            `families.FAMILIES`, linear layers, LayerNorm, attention and the LM-head loss are replaced, and the modules
+            whose code is that of a known one under another name (`alike`).
 
     Returns:
         What was replaced and what was left. Patching twice changes nothing more.
@@ -70,7 +72,7 @@ def patch(model: nn.Module) -> Patched:
     rows = {}
     for root in roots:
         rows.update(FAMILIES.get(root.config.model_type, {}))
-    kinds = {m: rows.get(type(m).__name__) or _KINDS.get(type(m)) for m in model.modules()}
+    kinds = {m: rows.get(type(m).__name__) or _KINDS.get(type(m)) or kind_of(m) for m in model.modules()}
     in_kernels = {id(p) for m, kind in kinds.items() if kind for p in m.parameters(recurse=False)}
     for module, kind in kinds.items():
         if kind is not None:
