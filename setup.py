@@ -77,7 +77,6 @@ SUFFIX_TARGETS = {
     "_round": ["ref", "avx2", "avx512", "avx512bf16"],  # the same, where rounding to bf16 is much of the work
     "_mm": ["ref", "avx2", "avx512", "avx512bf16", "amx"],  # also uses the GEMM core, which has kernels for bf16
     "_bf16": ["avx512bf16", "amx"],  # multiplies blocks of bf16
-    "_amx": ["amx"],  # needs products of bf16 as fast as AMX's
 }
 
 # Of `_cuda` alone; all other .cpp files belong to `_cpu`, and both have core/check.cpp and *_checks.cpp.

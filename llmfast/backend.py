@@ -26,7 +26,6 @@ __all__ = [
     "fallbacks",
     "fastest_dtype",
     "force",
-    "get_float32_matmul_precision",
     "implementations",
     "info",
     "keep_freed_memory",
@@ -34,7 +33,6 @@ __all__ = [
     "native_cuda",
     "native_for",
     "ops",
-    "set_float32_matmul_precision",
     "stream_of",
     "why_not_native",
 ]
@@ -144,30 +142,6 @@ def fastest_dtype(device: torch.device | None = None) -> str:
     the processor has instructions for it."""
     on_gpu = device is not None and device.type == "cuda"
     return "bfloat16" if on_gpu or ISAS.index(native().active_isa()) >= ISAS.index("avx512bf16") else "float32"
-
-
-def set_float32_matmul_precision(precision: str) -> None:
-    """How exactly `llmfast.linear` multiplies float32 matrices on the processor, forward and backward, in all threads.
-
-    ``"highest"``, the default: in float32. ``"high"``: on AMX, with 64 or more rows, columns and depth, each value as the
-    sum of two bfloat16 (about 16 bits of its mantissa), summed in float32: faster, with an error around 1e-5 of the
-    largest result; values beyond 3.39e38 count as infinite and subnormal ones as zero. Elsewhere it changes nothing.
-    torch's setting of this name, which means its own products, is not read.
-
-    Raises:
-        ValueError: `precision` is neither.
-
-    Example:
-        >>> llmfast.backend.set_float32_matmul_precision("high")
-    """
-    if precision not in ("highest", "high"):
-        raise ValueError(f"precision: got {precision!r}, expected 'highest' or 'high'")
-    native().set_float32_products_split(precision == "high")
-
-
-def get_float32_matmul_precision() -> str:
-    """``"highest"`` or ``"high"``; see `set_float32_matmul_precision`."""
-    return "high" if native().float32_products_split() else "highest"
 
 
 def keep_freed_memory() -> bool:

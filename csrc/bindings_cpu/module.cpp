@@ -7,7 +7,6 @@
 #include "core/dispatch.h"
 #include "core/malloc.h"
 #include "core/workspace.h"
-#include "linear/linear.h"
 
 namespace py = pybind11;
 using namespace llmfast;
@@ -56,8 +55,6 @@ PYBIND11_MODULE(_cpu, m) {
     if (!parse_isa(name, &isa)) throw py::value_error("isa: got '" + name + "', expected ref, avx2, avx512, avx512bf16 or amx");
     set_isa_cap(isa);
   });
-  m.def("set_float32_products_split", &set_float32_products_split);
-  m.def("float32_products_split", &float32_products_split);
   m.def("max_threads", [] { return omp_get_max_threads(); });
   m.def("workspace_bytes", &workspace_total_bytes);
   m.def("keep_freed_memory", &keep_freed_memory);

@@ -1,5 +1,5 @@
 // Dispatch tables: for each op one row per target, best first. The first row whose ISA is active, whose dtype is listed
-// and whose supports() holds, runs. `ref` supports everything, so a table with a row for it always has an answer.
+// and whose supports() holds, runs. `ref` supports everything, so a table always has an answer.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -10,8 +10,7 @@
 #include "core/types.h"
 
 // Declares a function in every namespace it is compiled for: VEC in those of `_vec.cpp` files, ROUND in those of
-// `_round.cpp` files, BF16 in those of `_bf16.cpp` files, AMX in that of `_amx.cpp` files, MM in VEC's and BF16's, as
-// `_mm.cpp` files need it.
+// `_round.cpp` files, BF16 in those of `_bf16.cpp` files, MM in VEC's and BF16's, as `_mm.cpp` files need it.
 #ifdef LLMFAST_X86
 #define LLMFAST_DECLARE_VEC(declaration)      \
   namespace llmfast::ref { declaration; }     \
@@ -20,10 +19,6 @@
 #define LLMFAST_DECLARE_BF16(declaration)         \
   namespace llmfast::avx512bf16 { declaration; } \
   namespace llmfast::amx { declaration; }
-#define LLMFAST_DECLARE_AMX(declaration) \
-  namespace llmfast::amx { declaration; }
-// A row for a function of an `_amx.cpp` file.
-#define LLMFAST_AMX_ROW(function, supports, dtypes) {Isa::amx, dtypes, supports, amx::function}
 #define LLMFAST_DECLARE_ROUND(declaration) \
   LLMFAST_DECLARE_VEC(declaration)         \
   namespace llmfast::avx512bf16 { declaration; }
@@ -43,8 +38,6 @@
   namespace llmfast::ref { declaration; }
 #define LLMFAST_DECLARE_ROUND(declaration) LLMFAST_DECLARE_VEC(declaration)
 #define LLMFAST_DECLARE_BF16(declaration)
-#define LLMFAST_DECLARE_AMX(declaration)
-#define LLMFAST_AMX_ROW(function, supports, dtypes)
 #define LLMFAST_VEC_ROWS(function, dtypes) {Isa::ref, dtypes, nullptr, ref::function}
 #define LLMFAST_ROUND_ROWS(function, dtypes) LLMFAST_VEC_ROWS(function, dtypes)
 #define LLMFAST_BF16_AND_VEC_ROWS_OF(function, supports, dtypes) LLMFAST_VEC_ROWS(function, dtypes)
@@ -91,17 +84,16 @@ class DispatchTable {
     op_registry().push_back(info);
   }
 
-  // `dtype` is the element type that decides the kernel (that of the matrix operands). False: no row would have it.
-  bool operator()(DType dtype, const Params& params) const {
+  // `dtype` is the element type that decides the kernel (that of the matrix operands).
+  void operator()(DType dtype, const Params& params) const {
     const Isa active = active_isa();
     for (size_t i = 0; i < rows_.size(); ++i) {
       const Row<Params>& row = rows_[i];
       if (row.isa > active || !(row.dtypes & set_of(dtype)) || (row.supports && !row.supports(params))) continue;
       calls_[i].fetch_add(1, std::memory_order_relaxed);
       row.run(params);
-      return true;
+      return;
     }
-    return false;
   }
 
  private:

@@ -22,13 +22,7 @@ struct LinearBackwardParams {
 void linear_forward(const LinearParams& params);
 void linear_backward(const LinearBackwardParams& params);
 
-// Whether products of float32 go through bfloat16 where that is faster (linear_split_amx.cpp); off until asked for.
-void set_float32_products_split(bool split);
-bool float32_products_split();
-
 }  // namespace llmfast
 
 LLMFAST_DECLARE_MM(void linear_forward(const LinearParams&))
 LLMFAST_DECLARE_MM(void linear_backward(const LinearBackwardParams&))
-LLMFAST_DECLARE_AMX(void linear_forward_split(const LinearParams&))
-LLMFAST_DECLARE_AMX(void linear_backward_split(const LinearBackwardParams&))

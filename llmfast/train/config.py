@@ -19,7 +19,7 @@ from llmfast.train.schedule import SCHEDULES
 __all__ = ["PretrainConfig", "read_config_file"]
 
 # vocab_size is the tokenizer's; the others are there for loaded checkpoints.
-_NO_FLAG = ("vocab_size", "qkv_bias", "out_bias", "rotary_scaling")
+_NO_FLAG = ("vocab_size", "qkv_bias", "out_bias", "rotary_scaling", "qk_norm")
 MODEL_FIELDS = tuple(f.name for f in dataclasses.fields(GPTConfig) if f.name not in _NO_FLAG)
 
 
