@@ -273,6 +273,7 @@ def test_summary_is_a_part_a_machine():
     model = example_row(kind="model", case="decode", direction="step", dims={"B": 1}, date="2026-01-03")
     model["providers"]["llmfast"]["tokens_per_s"] = 123.0
     elsewhere = example_row(date="2027-01-01", threads=7)
+    model["note"] = "beside other work"
     lines = report.summary_section([*rows_of_linear, model, elsewhere, scale_row(128, 1.0)]).splitlines()
     processor = rows.processor(model["machine"])
     assert lines[2].startswith(f"| {processor}, 7 threads, ") and "1 cases, fp32 | ahead in 1 |" in lines[2]
@@ -281,6 +282,7 @@ def test_summary_is_a_part_a_machine():
     assert lines[4].startswith("|  | linear, FFN") and "3 cases, fp32 | ahead in 2 |" in lines[4]
     assert "median 1.50×, 0.50 to 4×" in lines[4]
     assert lines[5] == "", "the sweep is not in it"
+    assert lines[6].startswith(f"Note, {processor}, ") and lines[6].endswith(": beside other work.")
 
 
 def test_processors_of_one_name_are_told_apart():
@@ -297,7 +299,9 @@ def test_report_has_every_row(tmp_path):
         path.write_text("<!-- bench:start -->\n<!-- bench:end -->\n")
     rows.append(tmp_path / "a.jsonl", example_row())
     arguments = ["--readme", str(readme), "--tables", str(every), "--results", str(tmp_path), "--part", "bench"]
+    rows.append(tmp_path / "a.jsonl", example_row(dims={"M": 5}, note="beside other work"))
     assert report.main(arguments) == 0
+    assert "\n\nNote: beside other work.\n" in every.read_text()
     line = "| linear | fp32 | M=2 K=3 N=4 | 2.00 ± 0.10 ms | 5.00 ± 0.050 ms torch | 2.50× | 50% compute |  |"
     assert line in every.read_text() and line not in readme.read_text()
 

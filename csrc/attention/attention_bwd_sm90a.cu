@@ -100,9 +100,11 @@ void launch_kernels(const AttentionBackwardParams& p, const Stream& stream) {
   constexpr bool kWide = kD == 64 && kScoring == Scoring::plain;
   constexpr bool kDrains = kD != 64 || is_masked(kScoring);
   constexpr bool kShort = kD != 64 && kScoring == Scoring::added;  // of registers
+  // Measured (H200): 64 dims causal 4k 0.956 ms without, 0.977 with; 128 dims full 4k 2.97 without, 2.72 with.
+  constexpr Overlap kOverlap = kWide ? Overlap::none : Overlap::sums;
   using Keys = KeysLayout<kD, kWide ? 128 : 64, kD == 64 && !kWide ? 4 : 2, true,
-                          kShort ? Overlap::weights : Overlap::sums>;
-  using Queries = QueriesLayout<kD, kShort ? 64 : 128, kD == 64 || kShort ? 3 : 2, kDrains>;
+                          kShort ? Overlap::weights : kOverlap>;
+  using Queries = QueriesLayout<kD, kShort ? 64 : 128, kD == 64 || kShort ? 3 : 2, kDrains, kOverlap>;
   launch_keys<T, Keys, kScoring>(p, stream);
   launch_queries<T, Queries, kScoring>(p, stream);
 }

@@ -203,11 +203,12 @@ def terminal(rows: Sequence[dict], title: str) -> Table:
 
 
 def markdown(rows: Sequence[dict]) -> str:
-    """The same in Markdown."""
+    """The same in Markdown; under it what the rows' notes say."""
     columns, cells_of = _layout(rows)
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells_of(row)) + " |" for row in rows]
-    return "\n".join(lines)
+    notes = dict.fromkeys(row["note"] for row in rows if row.get("note"))
+    return "\n".join([*lines, *(f"\nNote: {note}." for note in notes)])
 
 
 def _layout(rows: Sequence[dict]) -> tuple[tuple[str, ...], Callable[[dict], tuple[str, ...]]]:

@@ -277,9 +277,17 @@ void check_way() {
   AttentionParams other = p;
   other.Tq = other.Tk = 4096, other.right = kUnbounded;
   CHECK(std::abs(mean_queries_of_key(other) - 4096) < 1 && !in_one_pass(other));
+  other.Tq = other.Tk = 8192;
+  CHECK(in_one_pass(other));  // full, twice as long
   other = p, other.Hkv = 4;
   CHECK(!in_one_pass(other));
-  other = p, other.D = other.Dv = 64;
+  other = p, other.Tq = other.Tk = 4096;
+  CHECK(std::abs(mean_queries_of_key(other) - 2048.5) < 1 && in_one_pass(other));
+  other.D = other.Dv = 64;
+  CHECK(in_one_pass(other));
+  other.Tq = other.Tk = 16384;
+  CHECK(!in_one_pass(other));
+  other = p, other.Tq = other.Tk = 4000;
   CHECK(!in_one_pass(other));
   other = p, other.softcap = 2.0f;
   CHECK(!in_one_pass(other));

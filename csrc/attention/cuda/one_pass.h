@@ -11,12 +11,12 @@ namespace llmfast::cuda {
 // ---- which way ------------------------------------------------------------------------------------------------------
 
 // In one pass from so many queries on that see a key, on average, since its sums cost the same however few there are.
-// 0: always, where it can; kUnbounded: never. Each way gives the same bits every time. Measured (H100, 16 heads, two
-// kernels against one pass; the first two perhaps beside other work): head dim 128 causal 4k 1.60 and 1.63 ms, 8k 3.10 and
-// 2.91; full 4k 2.80 and 2.93; four heads to a kv head, causal 4k, 3.15 and 3.71; head dim 64 causal 16k (32 heads) 6.33 and
-// 6.42.
-inline std::atomic<int64_t> one_pass_from{4096};
-constexpr int64_t kLeastOnePassKeys = 8192;
+// 0: always, where it can; kUnbounded: never. Each way gives the same bits every time. Measured (16 heads, two kernels
+// against one pass, ms; H200 unless said): causal 4k 1.60 and 1.51 (128 dims), 0.98 and 0.88 (64); causal 8k 2.95 and
+// 2.75; full 4k 2.72 and 2.84; four heads to a kv head, causal 4k, 3.45 and 3.52; H100: 64 dims causal 16k (32 heads)
+// 6.33 and 6.42.
+inline std::atomic<int64_t> one_pass_from{2048};
+constexpr int64_t kLeastOnePassKeys = 8192, kLeastTriangle = 4096;
 constexpr int64_t kLeastOnePassBlocks = 128;  // fewer leave multiprocessors idle, which grad_q's own kernel would use
 
 inline double mean_queries_of_key(const AttentionParams& p) {
@@ -34,9 +34,12 @@ inline bool in_one_pass(const AttentionParams& p) {
   if (p.first_q || p.mask.data || p.softcap > 0.0f || p.Tq == 0 || p.Tk == 0) return false;
   const int64_t from = one_pass_from.load(std::memory_order_relaxed);
   if (from == 0) return true;
-  return p.Hq == p.Hkv && (p.D > 64 || p.Dv > 64) && p.Tk >= kLeastOnePassKeys &&
-         p.B * p.Hkv * ((p.Tk + 127) / 128) >= kLeastOnePassBlocks &&
-         mean_queries_of_key(p) >= static_cast<double>(from);
+  if (p.Hq != p.Hkv || p.B * p.Hkv * ((p.Tk + 127) / 128) < kLeastOnePassBlocks) return false;
+  const double mean = mean_queries_of_key(p), all = static_cast<double>(p.Tq);
+  const bool triangle = mean > 0.45 * all && mean < 0.6 * all;  // nearly causal
+  const bool narrow = p.D <= 64 && p.Dv <= 64;
+  if (triangle) return p.Tk >= kLeastTriangle && !(narrow && p.Tk > kLeastOnePassKeys) && mean >= static_cast<double>(from);
+  return !narrow && p.Tk >= kLeastOnePassKeys && mean >= static_cast<double>(2 * from);
 }
 
 // ---- turns: blocks of keys that add to the same tile of queries, one after another, ascending -----------------------
