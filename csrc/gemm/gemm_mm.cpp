@@ -264,6 +264,7 @@ static void gemm_unpacked(MatrixRef a, MatrixRef b, GemmSize size, EpilogueRef e
 }
 
 void pack_b(Kernel::Packed* dst, MatrixRef b, int64_t N, int64_t K) {
+  if (K == 0) return;
   const int64_t panels = (N + Kernel::kCols - 1) / Kernel::kCols;
   parallel_for(panels, 1 + (int64_t{1} << 14) / (Kernel::kCols * K + 1),
                [&](int64_t first, int64_t last) { pack_b_panels(dst, b, N, K, first, last); });
