@@ -4,6 +4,7 @@ import types
 
 import pytest
 import torch
+from tiny_models import PLAIN, TINY, V
 
 transformers = pytest.importorskip("transformers", "5.4")
 
@@ -13,20 +14,6 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, L
 
 from llmfast.integrations.transformers import alike, layers, patch, unpatch  # noqa: E402
 
-V = 96
-TINY = dict(
-    vocab_size=V,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
-PLAIN = {key: value for key, value in TINY.items() if key != "num_key_value_heads"}
 EXPERTS = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
 T5 = dict(vocab_size=V, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, decoder_start_token_id=0)
 

@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from tiny_models import PLAIN, TINY, V
 
 transformers = pytest.importorskip("transformers", "5.4")
 
@@ -14,20 +15,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: 
 from llmfast.integrations.transformers import layers, patch, unpatch  # noqa: E402
 from llmfast.integrations.transformers.loss import LazyLogits  # noqa: E402
 
-V = 96
-TINY = dict(
-    vocab_size=V,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
-PLAIN = {key: value for key, value in TINY.items() if key != "num_key_value_heads"}
 GPT2 = dict(
     vocab_size=V, n_embd=64, n_layer=2, n_head=4, n_positions=64, attn_pdrop=0.0, bos_token_id=1, eos_token_id=2
 )

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import re
-import sys
 
 import pytest
 import tyro
@@ -14,8 +13,6 @@ from llmfast.cli import main
 from llmfast.cli import pretrain as cli
 from llmfast.train import PretrainConfig, learning_rate
 from llmfast.train.config import read_config_file
-
-needs_tomllib = pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib needs Python 3.11")
 
 
 def nanogpt_lr(it, warmup, decay_iters, peak, floor):
@@ -88,7 +85,6 @@ def test_tokens_become_steps_and_context_grows_with_seq_len():
     assert config.model_config(65).context == 100 and config.model_config(65).vocab_size == 65
 
 
-@needs_tomllib
 def test_toml_file_with_tables(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text('data = "x.txt"\nlr = 1\n[model]\nlayers = 3\nkv-heads = 2\n')
@@ -124,7 +120,6 @@ def test_flags_override_the_file(tmp_path):
     assert parse([f"--config={path}"]).steps == 7
 
 
-@needs_tomllib
 def test_shakespeare_recipe_is_nanogpts(request):
     config = parse(["--config", str(request.config.rootpath / "configs" / "shakespeare_char.toml")])
     model = config.model_config(65)

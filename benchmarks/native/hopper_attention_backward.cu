@@ -216,24 +216,20 @@ Variant queries_variant(const char* name) {
   return {name, Layout::kD, launch_queries<bf16, Layout, Scoring::plain, kCounted>,
           launch_queries<bf16, Layout, Scoring::capped, kCounted>};
 }
-// Rows of the other side's tiles x stages; +: does not drain; before: no Overlap, exp: of weights.
-constexpr Overlap kNone = Overlap::none, kExp = Overlap::weights;
+// Rows of the other side's tiles x stages; +: does not drain; before: no Overlap.
+constexpr Overlap kNone = Overlap::none;
 const std::vector<Variant> kKeys = {
     keys_variant<KeysLayout<128, 64, 2>>("keys 64 x 2"),
-    keys_variant<KeysLayout<128, 64, 2, true, kExp>>("keys 64 x 2, exp"),
     keys_variant<KeysLayout<128, 64, 2, true, kNone>>("keys 64 x 2, before"),
     keys_variant<KeysLayout<64, 128, 2>>("keys 128 x 2"),
-    keys_variant<KeysLayout<64, 128, 2, true, kExp>>("keys 128 x 2, exp"),
     keys_variant<KeysLayout<64, 128, 2, true, kNone>>("keys 128 x 2, before"),
     keys_variant<KeysLayout<64, 64, 4>>("keys 64 x 4"),
     keys_variant<KeysLayout<64, 64, 4, false>>("keys 64 x 4 +")};
 const std::vector<Variant> kQueries = {
     queries_variant<QueriesLayout<128, 128, 2>>("queries 128 x 2"),
-    queries_variant<QueriesLayout<128, 128, 2, true, kExp>>("queries 128 x 2, exp"),
     queries_variant<QueriesLayout<128, 128, 2, true, kNone>>("queries 128 x 2, before"),
     queries_variant<QueriesLayout<128, 64, 3, false>>("queries 64 x 3 +"),
     queries_variant<QueriesLayout<64, 128, 3, false>>("queries 128 x 3 +"),
-    queries_variant<QueriesLayout<64, 128, 3, false, kExp>>("queries 128 x 3 +, exp"),
     queries_variant<QueriesLayout<64, 128, 3, false, kNone>>("queries 128 x 3 +, before"),
     queries_variant<QueriesLayout<64, 128, 3>>("queries 128 x 3")};
 
@@ -602,15 +598,14 @@ void time(const Case& c) {
     print_way("sm_80's kernels", milliseconds([&] { attention_backward_sm80(problem.p, kStream); }), product);
     return;
   }
-  for (const char* way : {", exp", ", before"})
-    print_way((std::string("two kernels") + way).c_str(), milliseconds([&] {
-                run_statistics(problem.p, padded(c.D));
-                for (const auto* variants : {&kKeys, &kQueries})
-                  for (const Variant& v : *variants)
-                    if (v.kD == padded(c.D) && std::string(v.name).find(way) != std::string::npos)
-                      run_variant(v, problem.p);
-              }),
-              product);
+  print_way("two kernels, before", milliseconds([&] {
+              run_statistics(problem.p, padded(c.D));
+              for (const auto* variants : {&kKeys, &kQueries})
+                for (const Variant& v : *variants)
+                  if (v.kD == padded(c.D) && std::string(v.name).find(", before") != std::string::npos)
+                    run_variant(v, problem.p);
+            }),
+            product);
   for (const Variant& v : kJoint) {
     if (v.kD != padded(c.D)) continue;
     problem.spoil_results();

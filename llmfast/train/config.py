@@ -7,6 +7,7 @@ import difflib
 import json
 import math
 import os
+import sys
 import types
 import typing
 from dataclasses import dataclass
@@ -15,6 +16,11 @@ from typing import Any, Literal
 
 from llmfast.models import PRESETS, GPTConfig
 from llmfast.train.schedule import SCHEDULES
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 __all__ = ["PretrainConfig", "read_config_file"]
 
@@ -258,17 +264,13 @@ def read_config_file(path: str | os.PathLike) -> dict[str, Any]:
     """Values for `PretrainConfig` from a .toml or .json file; tables only group: ``[model] layers = 4`` is ``layers``.
 
     Raises:
-        FileNotFoundError, ImportError (TOML needs Python 3.11; JSON does not), ValueError: malformed, an unknown name
-        or a value of the wrong type, named.
+        FileNotFoundError, ValueError: malformed, an unknown name or a value of the wrong type, named.
     """
     path = Path(path)
     if path.suffix == ".json":
         parse = json.loads
     elif path.suffix == ".toml":
-        try:
-            from tomllib import loads as parse
-        except ImportError:
-            raise ImportError(f"config: reading {path} needs Python 3.11 or newer; write it as .json instead") from None
+        parse = tomllib.loads
     else:
         raise ValueError(f"config: got {str(path)!r}, expected a .toml or .json file")
     try:
