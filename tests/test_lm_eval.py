@@ -188,9 +188,9 @@ def test_what_it_does_not_take(folder):
     with pytest.raises(ValueError, match="path: got None, expected a path, or a model and a tokenizer"):
         LlmfastLM(model=model)
     for device, message in (
-        ("tpu", "device: got 'tpu', expected 'cpu', 'cuda' or 'cuda:N'$"),
-        ("meta", "device: got 'meta', expected 'cpu', 'cuda' or 'cuda:N'$"),
-        ("cuda:97", "device: got 'cuda:97', expected 'cpu', 'cuda' or 'cuda:N', N below [0-9]+, the number of GPUs"),
+        ("tpu", "device: got 'tpu', expected auto, cpu, cuda or cuda:N$"),
+        ("meta", "device: got 'meta', expected auto, cpu, cuda or cuda:N$"),
+        ("cuda:97", "device: got 'cuda:97', but torch finds [0-9a-z]+ GPU"),
     ):
         with pytest.raises(ValueError, match=message):
             LlmfastLM(folder, device=device)

@@ -16,7 +16,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from llmfast import ops
+from llmfast import backend, ops
 from llmfast.data import Tokenizer, load_tokenizer
 from llmfast.generate import Sampling, complete, render_chat
 from llmfast.models import GPT
@@ -41,8 +41,8 @@ class LlmfastLM(TemplateLM):
         max_gen_toks: most tokens to generate where a task does not say.
         batch_size: texts that are continued at a time.
         batch_tokens: tokens that are scored at a time (at least one request).
-        device: ``cpu``, ``cuda`` or ``cuda:N``, to which the model is moved; default: where it is, the processor for a
-            path.
+        device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto`` (see `llmfast.backend.choose_device`), to which the model is
+            moved; default: where it is, the processor for a path.
 
     Raises:
         ValueError: neither a path nor a model and tokenizer, or one that has no token to begin a text with; a device
@@ -67,7 +67,7 @@ class LlmfastLM(TemplateLM):
         device: str | torch.device | None = None,
     ) -> None:
         super().__init__()
-        place = None if device is None else _device(device)
+        place = None if device is None else backend.choose_device(str(device))
         if path is not None:
             dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
             model, tokenizer = GPT.from_pretrained(path, dtype), load_tokenizer(path)
@@ -239,16 +239,3 @@ class LlmfastLM(TemplateLM):
         )
         stops = [stop for stop in given["until"] if stop]
         return {"max_new_tokens": given["max_gen_toks"], "sampling": sampling, "stop_strings": stops, "seed": 0}
-
-
-def _device(device: str | torch.device) -> torch.device:
-    expected = f"device: got {str(device)!r}, expected 'cpu', 'cuda' or 'cuda:N'"
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise ValueError(expected) from None
-    if found.type not in ("cpu", "cuda"):
-        raise ValueError(expected)
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"{expected}, N below {torch.cuda.device_count()}, the number of GPUs here")
-    return found
