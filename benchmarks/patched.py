@@ -1,6 +1,6 @@
-"""Hugging Face models in bfloat16 with and without `llmfast.patch`: training step, prompt, decoding, embedding.
+"""Hugging Face models with and without `llmfast.patch`: training step, prompt, decoding, embedding.
 
-    python benchmarks/patched.py [--only gpt2,llama,bert] [--rounds 5] [--threads 2] [--compile]
+    python benchmarks/patched.py [--only gpt2,llama,bert] [--rounds 5] [--threads 2] [--dtype bfloat16] [--compile]
 
 Random weights of the real sizes (GPT-2 124M, SmolLM2 135M, MiniLM-L6), no dropout. Medians of calls that take turns, after
 a check that losses, logits' best tokens or embeddings agree; `--compile` adds torch.compile of the plain model.
@@ -19,8 +19,6 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, Lla
 
 import llmfast
 from llmfast import backend
-
-DTYPE = torch.bfloat16
 
 
 def gpt2() -> GPT2LMHeadModel:
@@ -134,14 +132,15 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(CASES), help=f"of {','.join(CASES)}")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print(f"{backend.info()['cpu']}, {options.threads} threads, {backend.info()['isa']}, torch {torch.__version__}")
+    print(f"{backend.info()['cpu']}, {options.threads} threads, {backend.info()['isa']}, torch {torch.__version__}, {options.dtype}")
     for name in options.only.split(","):
         build, tasks = CASES[name]
         torch.manual_seed(0)
-        plain = build().to(DTYPE)
+        plain = build().to(getattr(torch, options.dtype))
         patched = copy.deepcopy(plain)
         llmfast.patch(patched)
         for task, make in tasks.items():

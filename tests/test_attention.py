@@ -116,6 +116,20 @@ def test_masks_of_few_dims_and_any_strides(isa):
     check(tensors, mask=padding[:, None, None, :])
 
 
+@pytest.mark.parametrize("Tq", [2, 70])
+@pytest.mark.parametrize("per_query", [False, True])
+def test_masks_that_let_through_the_middle_alone(isa, Tq, per_query):
+    tensors = make(2, 4, 2, Tq, 200, 16)
+    keys = torch.arange(200)
+    middle = (keys >= torch.tensor([70, 5])[:, None]) & (keys < torch.tensor([141, 7])[:, None])
+    middle = middle[:, None, None].repeat(1, 1, Tq if per_query else 1, 1)
+    middle[..., -1, :80] = False  # of the last query, or of all
+    check(tensors, mask=middle)
+    check(tensors, mask=middle, causal=True, softcap=5.0)
+    check(tensors, mask=middle & (keys % 3 != 0))
+    check([t.bfloat16() for t in tensors], mask=torch.where(middle, torch.randn(200), -INF))
+
+
 def test_lse(isa):
     for Tq in (2, 40):  # decode and prefill
         q, k, v = make(2, 4, 2, Tq, 70, 16)

@@ -75,7 +75,8 @@ class PendingSums {
 
 struct Square {
   int64_t panel = -1, key_block = 0;  // panel of the chunk, block of the tile
-  bool banded = false, masked = false;
+  bool banded = false;
+  const float* mask = nullptr;  // MaskTile::bias
   int slot = 0;  // of the two buffers of products and of mask values
 
   bool exists() const { return panel >= 0; }
@@ -106,8 +107,8 @@ class BackwardItem {
     float* squares = workspace<float>(Slot::attention_score, 6 * kBlockElements + Weights::kElements);
     scores_ = squares;
     grads_ = scores_ + 2 * kBlockElements;
-    mask_tiles_ = grads_ + 2 * kBlockElements;
-    bf16* weights = reinterpret_cast<bf16*>(mask_tiles_ + 2 * kBlockElements);
+    mask_buffers_ = grads_ + 2 * kBlockElements;
+    bf16* weights = reinterpret_cast<bf16*>(mask_buffers_ + 2 * kBlockElements);
     weights_ = Weights(weights);
     previous_weights_ = Weights(weights + Weights::kElements);
   }
@@ -125,7 +126,7 @@ class BackwardItem {
   int64_t last_row(int64_t panel) const { return (row_of(panel + 1) < g_.rows ? row_of(panel + 1) : g_.rows) - 1; }
   float* scores_of(const Square& square) const { return scores_ + square.slot * kBlockElements; }
   float* grads_of(const Square& square) const { return grads_ + square.slot * kBlockElements; }
-  float* mask_tile_of(const Square& square) const { return mask_tiles_ + square.slot * kBlockElements; }
+  float* mask_buffer_of(const Square& square) const { return mask_buffers_ + square.slot * kBlockElements; }
   int64_t first_key_of(const Square& square) const { return tile_.begin + square.key_block * kBlock; }
 
   void visit_chunk(int64_t first_row) {
@@ -189,7 +190,7 @@ class BackwardItem {
     compute_products(current, none, 0);
     while (current.exists()) {
       const Square next = next_square();
-      if (current.banded || current.masked || scale_.of_tanh != 0.0f) advance<false>(current, next);
+      if (current.banded || current.mask || scale_.of_tanh != 0.0f) advance<false>(current, next);
       else advance<true>(current, next);
       if (!next.exists() || next.block() != current.block()) finish_block(current.block());
       current = next;
@@ -211,11 +212,9 @@ class BackwardItem {
         const KeyRange keys = {key, key + kBlock};
         if (intersect(keys, seen).empty()) continue;
         square.slot = slot_ ^ 1;
-        MaskKind kind = MaskKind::all_visible;
-        if (p_.mask.data)
-          kind = load_mask_tile(mask_tile_of(square), kWidth, g_, first, kWidth, intersect(keys, {0, g_.Tk}));
-        if (kind == MaskKind::all_hidden) continue;
-        square.masked = kind == MaskKind::mixed;
+        const MaskTile mask = load_mask_tile(mask_buffer_of(square), g_, first, intersect(keys, {0, g_.Tk}), kBlock);
+        if (mask.keys.empty()) continue;
+        square.mask = mask.bias;
         square.banded = !contains(g_.keys_of_all(first, last), keys);
         slot_ = square.slot;
         return square;
@@ -242,7 +241,7 @@ class BackwardItem {
   __attribute__((noinline)) void advance(const Square& current, const Square& next) {
     const int64_t row = row_of(current.panel), at = current.panel * kWidth;
     const LaneBand band[] = {{g_, row, first_key_of(current)}, {g_, row + Vec::kLanes, first_key_of(current)}};
-    const Hiding hiding = {current.banded ? band : nullptr, current.masked ? mask_tile_of(current) : nullptr};
+    const Hiding hiding = {current.banded ? band : nullptr, current.mask};
     using Work = Differentiation<kPlain>;
     Work work(scores_of(current), grads_of(current), weights_.at(current.key_block, current.panel % kPanels), lse_ + at,
               delta_ + at, scale_, hiding);
@@ -298,7 +297,7 @@ class BackwardItem {
   const ScoreScale scale_;
   const KeyGradients sums_;
   bf16 *q_columns_, *q_rows_, *grad_columns_, *grad_rows_, *panel_copy_, *k_rows_, *k_columns_, *v_rows_;
-  float *grad_q_, *scores_, *grads_, *mask_tiles_;
+  float *grad_q_, *scores_, *grads_, *mask_buffers_;
   float lse_[kChunkRows], delta_[kChunkRows];  // lse in the log2 domain
   Weights weights_, previous_weights_;         // of the block at hand, and of the one whose sums are pending
   bool filled_[kKeyBlocks][kPanels] = {};      // squares of the block at hand; others count as zeros

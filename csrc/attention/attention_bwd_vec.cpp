@@ -58,7 +58,7 @@ class BackwardItem {
     grad_query_panels_ = take(kRows * D_);
     weights_ = workspace<float>(Slot::attention_score, kKeys * (2 * kRows + kWidth));
     score_gradients_ = weights_ + kKeys * kRows;
-    mask_tile_ = score_gradients_ + kKeys * kRows;
+    mask_buffer_ = score_gradients_ + kKeys * kRows;
     key_buffer_ = workspace<float>(Slot::attention_k, 2 * kKeys * rounded_up(D_, Vec::kLanes));
     clean_keys_ = key_buffer_ + kKeys * rounded_up(D_, Vec::kLanes);
     value_buffer_ = workspace<float>(Slot::attention_v, kKeys * rounded_up(Dv_, Vec::kLanes));
@@ -131,10 +131,10 @@ class BackwardItem {
   }
 
   // false: nothing in it is visible.
-  bool visit_panel(int64_t panel, KeyRange keys) {
-    MaskKind kind = MaskKind::all_visible;
-    if (p_.mask.data) kind = load_mask_tile(mask_tile_, kWidth, g_, row_of(panel), kWidth, keys);
-    if (kind == MaskKind::all_hidden) return false;
+  bool visit_panel(int64_t panel, KeyRange in_band) {
+    const MaskTile mask = load_mask_tile(mask_buffer_, g_, row_of(panel), in_band);
+    const KeyRange keys = mask.keys;
+    if (keys.empty()) return false;
     const bool banded = !contains(g_.keys_of_all(row_of(panel), last_row(panel)), keys);
     if (!loaded_) load_tile();
 
@@ -148,9 +148,9 @@ class BackwardItem {
     clear_weights(panel, {keys.end, tile_.end});
     if (banded) {
       const LaneBand band[] = {{g_, row_of(panel), keys.begin}, {g_, row_of(panel) + Vec::kLanes, keys.begin}};
-      differentiate(panel, keys, {band, kind == MaskKind::mixed ? mask_tile_ : nullptr});
+      differentiate(panel, keys, {band, mask.bias});
     } else {
-      differentiate(panel, keys, {nullptr, kind == MaskKind::mixed ? mask_tile_ : nullptr});
+      differentiate(panel, keys, {nullptr, mask.bias});
     }
     return true;
   }
@@ -259,7 +259,7 @@ class BackwardItem {
   const KeyGradients sums_;
   int64_t first_row_, panels_;
   float *query_rows_, *grad_rows_, *query_panels_, *grad_panels_, *grad_query_panels_;
-  float *weights_, *score_gradients_, *mask_tile_, *key_buffer_, *clean_keys_, *value_buffer_;
+  float *weights_, *score_gradients_, *mask_buffer_, *key_buffer_, *clean_keys_, *value_buffer_;
   float lse_[kRows], delta_[kRows], ones_[kWidth];
   KeyRange tile_;
   RowTile keys_tile_, values_tile_;

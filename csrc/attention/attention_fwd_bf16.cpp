@@ -128,7 +128,8 @@ struct LazySoftmax {
 struct Step {
   int64_t panel = -1;
   KeyRange keys = {0, 0};  // whole blocks
-  bool banded = false, masked = false;
+  bool banded = false;
+  const float* mask = nullptr;  // MaskTile::bias
   int slot = 0;  // of the two buffers of scores and of weights
 
   bool exists() const { return panel >= 0; }
@@ -152,7 +153,7 @@ class ForwardItem {
     packed_keys_ = workspace<bf16>(Slot::attention_k, kSegment * D_blocks_ * kBlock);
     packed_values_ = workspace<bf16>(Slot::attention_v, kSegment * Dv_blocks_ * kBlock);
     scores_ = workspace<float>(Slot::attention_score, 4 * kKeys * kWidth);
-    mask_tile_ = scores_ + 2 * kKeys * kWidth;
+    mask_buffer_ = scores_ + 2 * kKeys * kWidth;
     weights_ = reinterpret_cast<bf16*>(scores_ + 3 * kKeys * kWidth);
   }
 
@@ -197,7 +198,7 @@ class ForwardItem {
     NoWork none;
     compute_scores(current, none, 0);
     while (current.exists()) {
-      const bool hides = current.banded || current.masked, finished = hides || !plain_;
+      const bool hides = current.banded || current.mask, finished = hides || !plain_;
       if (finished) finish_scores(current);
       const float factor = finished ? 1.0f : scale_.of_q;
       LazySoftmax& softmax = softmax_[current.panel];
@@ -212,7 +213,7 @@ class ForwardItem {
     add_values(previous, none, 0);
   }
 
-  // The next step in which something is visible, panel by panel. Overwrites the mask tile.
+  // The next step in which something is visible, panel by panel. Overwrites the mask of the step before.
   Step next_step() {
     for (;;) {
       while (next_key_ >= panel_keys_.end) {
@@ -227,12 +228,12 @@ class ForwardItem {
       step.panel = next_panel_;
       step.keys = intersect({next_key_, next_key_ + kKeys}, panel_keys_);
       next_key_ = step.keys.end;
+      const MaskTile mask =
+          load_mask_tile(mask_buffer_, g_, row_of(step.panel), intersect(step.keys, {0, g_.Tk}), kBlock);
+      if (mask.keys.empty()) continue;
+      step.keys = whole_blocks(mask.keys);
+      step.mask = mask.bias;
       step.banded = !contains(keys_of_all_, step.keys);
-      MaskKind kind = MaskKind::all_visible;
-      if (p_.mask.data)
-        kind = load_mask_tile(mask_tile_, kWidth, g_, row_of(step.panel), kWidth, intersect(step.keys, {0, g_.Tk}));
-      if (kind == MaskKind::all_hidden) continue;
-      step.masked = kind == MaskKind::mixed;
       step.slot = slot_ ^= 1;
       return step;
     }
@@ -252,7 +253,7 @@ class ForwardItem {
     const int64_t row = row_of(step.panel);
     const LaneBand band[] = {{g_, row, step.keys.begin}, {g_, row + Vec::kLanes, step.keys.begin}};
     finish_products(scores_of(step), step.keys.count(), scale_,
-                    {step.banded ? band : nullptr, step.masked ? mask_tile_ : nullptr});
+                    {step.banded ? band : nullptr, step.mask});
   }
 
   // P^T of the current step; meanwhile S^T of the next one and V^T P^T of the previous one.
@@ -308,7 +309,7 @@ class ForwardItem {
   const bool plain_;  // scores are products times a positive factor
   int64_t panels_;
   bf16 *queries_, *packed_keys_, *packed_values_, *weights_;
-  float *outputs_, *scores_, *mask_tile_;
+  float *outputs_, *scores_, *mask_buffer_;
   KeyRange segment_, panel_keys_, keys_of_all_;
   int64_t next_panel_, next_key_;
   int slot_ = 0;

@@ -21,6 +21,7 @@ namespace llmfast::LLMFAST_TARGET {
 namespace {
 
 constexpr int64_t kKeys = 64;
+static_assert(kKeys <= kMostMaskKeys);
 constexpr int64_t kItemRows = 128;
 constexpr int64_t kItemBytes = 192 << 10;  // of Q^T and O^T: with K and V tiles they share L2
 
@@ -33,7 +34,7 @@ class ForwardItem {
     queries_ = workspace<float>(Slot::attention_q, panels * kWidth * (D_ + rounded_up(D_, Vec::kLanes)));
     outputs_ = workspace<float>(Slot::attention_acc, panels * kWidth * Dv_);
     scores_ = workspace<float>(Slot::attention_score, 2 * kKeys * kWidth);
-    mask_tile_ = scores_ + kKeys * kWidth;
+    mask_buffer_ = scores_ + kKeys * kWidth;
     key_buffer_ = workspace<float>(Slot::attention_k, kKeys * rounded_up(D_, Vec::kLanes));
     value_buffer_ = workspace<float>(Slot::attention_v, 2 * kKeys * rounded_up(Dv_, Vec::kLanes));
     clean_values_ = value_buffer_ + kKeys * rounded_up(Dv_, Vec::kLanes);
@@ -77,10 +78,10 @@ class ForwardItem {
     }
   }
 
-  void visit_panel(int64_t panel, KeyRange keys) {
-    MaskKind kind = MaskKind::all_visible;
-    if (p_.mask.data) kind = load_mask_tile(mask_tile_, kWidth, g_, row_of(panel), kWidth, keys);
-    if (kind == MaskKind::all_hidden) return;
+  void visit_panel(int64_t panel, KeyRange in_band) {
+    const MaskTile mask = load_mask_tile(mask_buffer_, g_, row_of(panel), in_band);
+    const KeyRange keys = mask.keys;
+    if (keys.empty()) return;
     const bool banded = !contains(g_.keys_of_all(row_of(panel), last_row(panel)), keys);
     if (!loaded_) load_tile();
 
@@ -88,9 +89,9 @@ class ForwardItem {
                     keys.count(), D_, {scores_, kWidth});
     if (banded) {
       const LaneBand band[] = {{g_, row_of(panel), keys.begin}, {g_, row_of(panel) + Vec::kLanes, keys.begin}};
-      soften(panel, keys, {band, kind == MaskKind::mixed ? mask_tile_ : nullptr});
+      soften(panel, keys, {band, mask.bias});
     } else {
-      soften(panel, keys, {nullptr, kind == MaskKind::mixed ? mask_tile_ : nullptr});
+      soften(panel, keys, {nullptr, mask.bias});
     }
   }
 
@@ -140,7 +141,7 @@ class ForwardItem {
   const int64_t D_, Dv_, first_row_;
   const ScoreScale scale_;
   int64_t panels_;
-  float *queries_, *outputs_, *scores_, *mask_tile_, *key_buffer_, *value_buffer_, *clean_values_;
+  float *queries_, *outputs_, *scores_, *mask_buffer_, *key_buffer_, *value_buffer_, *clean_values_;
   KeyRange tile_;
   RowTile keys_tile_, values_tile_;
   bool loaded_, checked_;

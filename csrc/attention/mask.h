@@ -1,7 +1,9 @@
 // Hiding keys, on score tiles that lie [key][lane] with one query row a lane: the band (causal, window) by comparing
 // key numbers, the mask tensor by a tile of its values, transposed.
 #pragma once
+#include "attention/product.h"
 #include "attention/tiles.h"
+#include "gemm/epilogue.h"
 #include "simd/math.h"
 
 namespace llmfast::LLMFAST_TARGET {
@@ -39,24 +41,29 @@ struct LaneBand {
   static float clamped(int64_t key) { return static_cast<float>(key < -1 ? -1 : key > (1 << 20) ? (1 << 20) : key); }
 };
 
-enum class MaskKind {
-  all_hidden,  // nothing in the tile is visible
-  mixed,       // the tile holds what to add to log2-domain scores, -inf: hidden
-  all_visible  // adds nothing
-};
-
 // Mask values of one row for `count` keys from `key` on, as what to add to log2-domain scores. Finite values stay
 // finite.
 template <class T>
 inline void load_mask_row(float* dst, const T* src, int64_t stride, int64_t count) {
-  for (int64_t j = 0; j < count; ++j) {
-    const float value = to_float(src[j * stride]);
-    const float scaled = value * kLog2E;
-    dst[j] = scaled < kLowest && value > -kInfinity ? kLowest : scaled;
+  const Vec lowest = Vec::set(kLowest), hidden = Vec::set(-kInfinity);
+  const auto convert = [&](Vec value) {
+    const Vec scaled = value * Vec::set(kLog2E);
+    return select(both(lt(scaled, lowest), gt(value, hidden)), lowest, scaled);
+  };
+  if (stride == 1) {
+    for_each_vec(count, [&](int64_t j, auto lanes) { lanes.store(convert(lanes.load(src + j)), dst + j); });
+  } else {
+    for (int64_t j = 0; j < count; ++j) dst[j] = to_float(src[j * stride]);
+    for_each_vec(count, [&](int64_t j, auto lanes) { lanes.store(convert(lanes.load(dst + j)), dst + j); });
   }
 }
 inline void load_mask_row(float* dst, const bool* src, int64_t stride, int64_t count) {
-  for (int64_t j = 0; j < count; ++j) dst[j] = src[j * stride] ? 0.0f : -kInfinity;
+  if (stride == 1) {
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) dst[j] = src[j] ? 0.0f : -kInfinity;
+  } else {
+    for (int64_t j = 0; j < count; ++j) dst[j] = src[j * stride] ? 0.0f : -kInfinity;
+  }
 }
 inline void load_mask_row(float* dst, const HeadGroup& group, int64_t row, int64_t key, int64_t count) {
   const MaskTensor& m = group.params.mask;
@@ -70,37 +77,81 @@ inline void load_mask_row(float* dst, const HeadGroup& group, int64_t row, int64
   }
 }
 
-// tile[key][lane], row stride `stride`, for keys.count() keys and `lanes` (a multiple of kLanes) rows from first_row
-// on.
-inline MaskKind load_mask_tile(float* tile, int64_t stride, const HeadGroup& group, int64_t first_row, int64_t lanes,
-                               KeyRange keys) {
+constexpr int64_t kMostMaskKeys = 64;  // of a tile
+
+// What the mask does to a tile of kWidth rows.
+struct MaskTile {
+  KeyRange keys;      // from the first to the last key that some row sees; empty: nothing is visible
+  const float* bias;  // [key][kWidth] from keys.begin on: what to add to log2-domain scores, -inf: hidden; nullptr: nothing
+};
+
+// One float a lane, or one for all lanes, of each key: what bounds and classifies a tile.
+struct MaskValues {
+  const float* data;
+  int64_t vecs;  // registers a key; 0: one float for all lanes
+
+  bool hides(int64_t key) const { return all_are(-kInfinity, key); }
+  bool adds_nothing(int64_t key) const { return all_are(0.0f, key); }
+
+ private:
+  bool all_are(float value, int64_t key) const {
+    if (vecs == 0) return data[key] == value;
+    Mask same = eq(Vec::load(data + key * vecs * Vec::kLanes), Vec::set(value));
+    for (int64_t v = 1; v < vecs; ++v)
+      same = both(same, eq(Vec::load(data + (key * vecs + v) * Vec::kLanes), Vec::set(value)));
+    return all(same);
+  }
+};
+
+// The tile of rows first_row .. first_row + kWidth (the last row stands for those beyond it) and at most kMostMaskKeys
+// keys. Its bounds move by multiples of `step`. `buffer` [key][kWidth] holds what has to be added.
+inline MaskTile load_mask_tile(float* buffer, const HeadGroup& group, int64_t first_row, KeyRange keys, int64_t step = 1) {
   constexpr int kL = Vec::kLanes;
-  constexpr int64_t kChunk = 64;  // keys at a time, so that the rows to transpose stay in L1
-  bool hidden = false, visible = false, biased = false;
-  float rows[kL][kChunk + kL];
-  for (int64_t lane = 0; lane < lanes; lane += kL)
-    for (int64_t j0 = 0; j0 < keys.count(); j0 += kChunk) {
-      const int64_t count = keys.count() - j0 < kChunk ? keys.count() - j0 : kChunk;
+  const MaskTensor& m = group.params.mask;
+  if (!m.data) return {keys, nullptr};
+  const int64_t count = keys.count();
+  const bool same_for_queries = m.query_stride == 0, same_for_heads = m.head_stride == 0 || group.group == 1;
+
+  float rows[kL][kMostMaskKeys + kL];
+  MaskValues values{buffer, kWidthVecs};
+  if (same_for_queries && same_for_heads) {
+    load_mask_row(rows[0], group, first_row, keys.begin, count);
+    values = {rows[0], 0};
+  } else {
+    for (int64_t lane = 0; lane < kWidth; lane += kL) {
+      const float* row_of_lane[kL];
+      int64_t before = -1;
       for (int i = 0; i < kL; ++i) {
-        const int64_t row = first_row + lane + i;
-        if (row < group.rows) load_mask_row(rows[i], group, row, keys.begin + j0, count);
-        else for (int64_t j = 0; j < count; ++j) rows[i][j] = -kInfinity;
-        for (int64_t j = count; j < count + kL; ++j) rows[i][j] = 0.0f;
-        if (row >= group.rows) continue;
-        for (int64_t j = 0; j < count; ++j) {
-          hidden |= rows[i][j] == -kInfinity;
-          visible |= rows[i][j] != -kInfinity;
-          biased |= rows[i][j] != 0.0f;
-        }
+        const int64_t row = first_row + lane + i < group.rows ? first_row + lane + i : group.rows - 1;
+        const bool repeats =
+            i > 0 && (row == before || (same_for_heads && group.query_of(row) == group.query_of(before)));
+        if (!repeats) load_mask_row(rows[i], group, row, keys.begin, count);
+        row_of_lane[i] = repeats ? row_of_lane[i - 1] : rows[i];
+        before = row;
       }
       for (int64_t j = 0; j < count; j += kL) {
         Vec block[kL];
-        for (int i = 0; i < kL; ++i) block[i] = Vec::load(rows[i] + j);
+        for (int i = 0; i < kL; ++i) block[i] = Vec::load(row_of_lane[i] + j);
         transpose(block);
-        for (int i = 0; i < kL && j + i < count; ++i) block[i].store(tile + (j0 + j + i) * stride + lane);
+        for (int i = 0; i < kL && j + i < count; ++i) block[i].store(buffer + (j + i) * kWidth + lane);
       }
     }
-  return !visible ? MaskKind::all_hidden : biased || hidden ? MaskKind::mixed : MaskKind::all_visible;
+  }
+
+  int64_t begin = 0, end = count;
+  while (begin < count && values.hides(begin)) ++begin;
+  if (begin == count) return {{keys.begin, keys.begin}, nullptr};
+  while (values.hides(end - 1)) --end;
+  begin = begin / step * step;
+  end = end + step - 1 < count ? (end + step - 1) / step * step : count;
+  const KeyRange seen = {keys.begin + begin, keys.begin + end};
+  bool adds_nothing = true;
+  for (int64_t j = begin; j < end && adds_nothing; ++j) adds_nothing = values.adds_nothing(j);
+  if (adds_nothing) return {seen, nullptr};
+  if (values.vecs == 0)
+    for (int64_t j = begin; j < end; ++j)
+      for (int64_t lane = 0; lane < kWidth; lane += kL) Vec::set(rows[0][j]).store(buffer + j * kWidth + lane);
+  return {seen, buffer + begin * kWidth};
 }
 
 }  // namespace

@@ -37,10 +37,10 @@ struct ScoreScale {
         of_tanh(p.softcap > 0 ? p.softcap * kLog2E : 0.0f) {}
 };
 
-// What is hidden from a tile of kWidth rows: by the band, by a mask tile (see load_mask_tile), by both or by neither.
+// What is hidden from a tile of kWidth rows: by the band, by the mask, by both or by neither.
 struct Hiding {
   const LaneBand* band;    // kWidthVecs of them, or nullptr
-  const float* mask_tile;  // [key][kWidth], or nullptr
+  const float* mask_tile;  // MaskTile::bias
 
   bool any() const { return band || mask_tile; }
 };

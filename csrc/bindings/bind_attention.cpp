@@ -223,6 +223,7 @@ void bind_attention(py::module_& m) {
       [](const TensorView& out, const TensorView& lse, const TensorView& q, const TensorView& k, const TensorView& v,
          const TensorView& mask, const TensorView& cu_seqlens_q, const TensorView& cu_seqlens_k, Distance left,
          Distance right, float scale, float softcap) {
+        prepare(out);
         run(arguments(out, lse, q, k, v, mask, cu_seqlens_q, cu_seqlens_k, left, right, scale, softcap));
       });
   m.def(
@@ -231,6 +232,7 @@ void bind_attention(py::module_& m) {
          const TensorView& out, const TensorView& lse, const TensorView& q, const TensorView& k, const TensorView& v,
          const TensorView& mask, const TensorView& cu_seqlens_q, const TensorView& cu_seqlens_k, Distance left,
          Distance right, float scale, float softcap) {
+        for (const TensorView* grad : {&grad_q, &grad_k, &grad_v}) prepare(*grad);
         run(arguments(out, lse, q, k, v, mask, cu_seqlens_q, cu_seqlens_k, left, right, scale, softcap),
             {grad_out, grad_q, grad_k, grad_v});
       });

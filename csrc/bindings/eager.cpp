@@ -127,6 +127,7 @@ py::object new_tensor(const TensorView& like, DType dtype, const int64_t* shape,
   TensorView made;
   read_tensor(out.ptr(), &made);
   view->data = made.data;
+  prepare(*view);
   return out;
 }
 

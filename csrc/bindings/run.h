@@ -32,6 +32,9 @@ void run(const NormParams& params);
 void run(const NormBackwardParams& params);
 void run(const RotaryParams* tensors, int count);
 
+// A new output, its elements next to each other in some order, that nothing was written to yet. Absent ones may be given.
+void prepare(const TensorView& fresh);
+
 // What a whole call leaves to Python's code, which copies for the kernels or runs plain torch.
 #ifdef LLMFAST_GPU_KERNELS
 constexpr bool kOnGpu = true;

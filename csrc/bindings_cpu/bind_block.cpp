@@ -1,4 +1,5 @@
 #include "attention/attention.h"
+#include "bindings/run.h"
 #include "bindings_cpu/bindings.h"
 #include "block/block.h"
 
@@ -37,6 +38,7 @@ void bind_block(py::module_& m) {
                             int64_t cached, const TensorView& out, const TensorView& stream_out,
                             const TensorView& saved) {
     const BlockParams params{settings, read_weights(weights), read_inputs(inputs, cached), out, stream_out, saved};
+    for (const TensorView* fresh : {&out, &stream_out, &saved}) prepare(*fresh);
     py::gil_scoped_release release;
     block_forward(params);
   });
@@ -48,6 +50,9 @@ void bind_block(py::module_& m) {
                                            stream_out,      saved,                 grad_out,
                                            grad_stream_out, grad_x,                grad_stream,
                                            read_weights(grads)};
+          prepare(grad_x);
+          prepare(grad_stream);
+          for (py::handle grad : grads) prepare(grad.cast<TensorView>());
           py::gil_scoped_release release;
           block_backward(params);
         });

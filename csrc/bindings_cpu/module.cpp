@@ -5,7 +5,7 @@
 
 #include "bindings_cpu/bindings.h"
 #include "core/dispatch.h"
-#include "core/malloc.h"
+#include "core/memory.h"
 #include "core/workspace.h"
 
 namespace py = pybind11;

@@ -1,5 +1,6 @@
 #include "bindings/run.h"
 
+#include "core/memory.h"
 #include "core/workspace.h"
 
 namespace py = pybind11;
@@ -34,6 +35,10 @@ void run(const NormBackwardParams& p) { call(norm_backward, p); }
 void run(const RotaryParams* tensors, int count) {
   const py::gil_scoped_release release;
   for (int i = 0; i < count; ++i) rotary(tensors[i]);
+}
+
+void prepare(const TensorView& fresh) {
+  if (fresh.defined) ask_for_large_pages(fresh.data, fresh.numel() * size_of(fresh.dtype));
 }
 
 bool serves(int) { return true; }

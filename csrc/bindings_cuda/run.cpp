@@ -131,6 +131,8 @@ void run(const RotaryParams* tensors, int count) {
   });
 }
 
+void prepare(const TensorView&) {}
+
 bool serves(int device) {
   constexpr int kKnown = 64;
   static std::atomic<int8_t> known[kKnown] = {};  // 0: not asked yet; 1: yes; -1: no

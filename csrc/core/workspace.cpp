@@ -1,16 +1,15 @@
 #include "core/workspace.h"
 
-#include <sys/mman.h>
-
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <new>
 
+#include "core/memory.h"
+
 namespace llmfast {
 namespace {
 
-constexpr size_t kHugePage = size_t{2} << 20;
 std::atomic<size_t> total_bytes{0};
 
 struct Buffer {
@@ -34,10 +33,10 @@ void* workspace_bytes(Slot slot, size_t bytes) {
   Buffer& buffer = buffers[static_cast<int>(slot)];
   if (bytes > buffer.capacity) {
     buffer.release();
-    const size_t alignment = bytes >= kHugePage ? kHugePage : 4096;
+    const size_t alignment = bytes >= kLargePage ? kLargePage : 4096;
     const size_t capacity = (bytes + bytes / 8 + alignment - 1) / alignment * alignment;
     if (posix_memalign(&buffer.data, alignment, capacity) != 0) throw std::bad_alloc();
-    if (alignment == kHugePage) madvise(buffer.data, capacity, MADV_HUGEPAGE);
+    ask_for_large_pages(buffer.data, capacity);
     buffer.capacity = capacity;
     total_bytes += capacity;
   }

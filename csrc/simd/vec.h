@@ -10,7 +10,7 @@
 //   scale_exp2(a, n) = a * 2^n for integral n in [-126, 127]
 //   reduce_add reduce_max
 //   transpose(r)                                 r[kLanes], in place: lane j of r[i] <-> lane i of r[j]
-//   gt ge lt le eq -> Mask   both(m, n)   any(m)   select(m, a, b) = m ? a : b
+//   gt ge lt le eq -> Mask   both(m, n)   any(m)   all(m)   select(m, a, b) = m ? a : b
 //
 // Index arithmetic is done in float lanes: exact below 2^24.
 #pragma once

@@ -132,6 +132,7 @@ inline Mask le(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ)}; }
 inline Mask eq(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
 inline Mask both(Mask a, Mask b) { return {_mm256_and_ps(a.m, b.m)}; }
 inline bool any(Mask a) { return _mm256_movemask_ps(a.m) != 0; }
+inline bool all(Mask a) { return _mm256_movemask_ps(a.m) == 0xff; }
 inline Vec select(Mask m, Vec a, Vec b) { return {_mm256_blendv_ps(b.v, a.v, m.m)}; }
 
 }  // namespace llmfast::LLMFAST_TARGET

@@ -106,6 +106,7 @@ inline Mask le(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ)}
 inline Mask eq(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
 inline Mask both(Mask a, Mask b) { return {static_cast<__mmask16>(a.m & b.m)}; }
 inline bool any(Mask a) { return a.m != 0; }
+inline bool all(Mask a) { return a.m == 0xffff; }
 inline Vec select(Mask m, Vec a, Vec b) { return {_mm512_mask_blend_ps(m.m, b.v, a.v)}; }
 
 }  // namespace llmfast::LLMFAST_TARGET

@@ -90,6 +90,7 @@ inline Mask le(Vec a, Vec b) { return {a.v <= b.v}; }
 inline Mask eq(Vec a, Vec b) { return {a.v == b.v}; }
 inline Mask both(Mask a, Mask b) { return {a.m & b.m}; }
 inline bool any(Mask a) { return (a.m[0] | a.m[1] | a.m[2] | a.m[3]) != 0; }
+inline bool all(Mask a) { return (a.m[0] & a.m[1] & a.m[2] & a.m[3]) != 0; }
 inline Vec select(Mask m, Vec a, Vec b) { return {m.m ? a.v : b.v}; }
 
 }  // namespace llmfast::LLMFAST_TARGET

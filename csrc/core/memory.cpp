@@ -1,6 +1,9 @@
-#include "core/malloc.h"
+#include "core/memory.h"
+
+#include <sys/mman.h>
 
 #include <climits>
+#include <cstdint>
 #include <cstdlib>  // defines __GLIBC__
 
 #ifdef __GLIBC__
@@ -8,6 +11,14 @@
 #endif
 
 namespace llmfast {
+
+void ask_for_large_pages(void* data, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kLargePage - 1) / kLargePage * kLargePage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kLargePage * kLargePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
 
 bool keep_freed_memory() {
 #ifdef __GLIBC__
