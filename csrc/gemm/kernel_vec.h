@@ -90,12 +90,14 @@ struct Kernel {
 
   template <class Pending>
   static void multiply(LeftPanel a, int64_t, const float* b, int64_t depth, const float* c_in, float* c_out, int64_t ldc,
-                       const float*, int64_t, Pending& pending) {
+                       const float* next_b, int64_t next_share, Pending& pending) {
     pending.finish();
     if (a.rows) {
-      multiply_tile(RowSteps{a.rows, a.ld}, b, depth, c_in, c_out, ldc);
+      multiply_tile(RowSteps{a.rows, a.ld}, b, depth, c_in, c_out, ldc, NoLines{});
+    } else if (next_share > 0) {
+      multiply_tile(PackedSteps{a.packed}, b, depth, c_in, c_out, ldc, NextLines(next_b, next_share, depth));
     } else {
-      multiply_tile(PackedSteps{a.packed}, b, depth, c_in, c_out, ldc);
+      multiply_tile(PackedSteps{a.packed}, b, depth, c_in, c_out, ldc, NoLines{});
     }
   }
 
@@ -113,25 +115,48 @@ struct Kernel {
     void advance() { ++a; }
   };
 
+  // What to read ahead into L2 before each kAheadStep steps of depth.
+  static constexpr int64_t kAheadStep = 16;
+  struct NoLines {
+    static constexpr bool kAny = false;
+    void prefetch() {}
+  };
+  struct NextLines {
+    static constexpr bool kAny = true;
+    static constexpr int64_t kLine = 64 / sizeof(float);
+    const float* next;
+    int64_t lines;
+
+    NextLines(const float* next, int64_t count, int64_t depth)
+        : next(next), lines((count * kAheadStep / depth + kLine - 1) / kLine) {}
+    __attribute__((always_inline)) void prefetch() {
+      for (int64_t i = 0; i < lines; ++i, next += kLine) __builtin_prefetch(next, 0, 2);
+    }
+  };
+
   // Sums start at zero for each sub-panel and are added to c_in at the end: blocked summation, whose rounding error is
   // that of a chain of kDepthInL1 terms instead of K. Kept out of line: inlined beside an epilogue, gcc spills acc.
-  template <class A>
+  template <class A, class Ahead>
   __attribute__((noinline)) static void multiply_tile(A a, const float* b, int64_t depth, const float* c_in, float* c_out,
-                                                      int64_t ldc) {
+                                                      int64_t ldc, Ahead ahead) {
     Vec acc[kRows][kVecs];
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) acc[r][0] = acc[r][1] = Vec::zero();
+    for (int64_t k = 0; k < depth;) {
+      const int64_t end = Ahead::kAny && k + kAheadStep < depth ? k + kAheadStep : depth;
+      ahead.prefetch();
 #pragma GCC unroll 4
-    for (int64_t k = 0; k < depth; ++k) {
-      const Vec b0 = Vec::load(b), b1 = Vec::load(b + Vec::kLanes);
+      for (; k < end; ++k) {
+        const Vec b0 = Vec::load(b), b1 = Vec::load(b + Vec::kLanes);
 #pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-        const Vec broadcast = Vec::set(a.at(r));
-        acc[r][0] = fma(broadcast, b0, acc[r][0]);
-        acc[r][1] = fma(broadcast, b1, acc[r][1]);
+        for (int r = 0; r < kRows; ++r) {
+          const Vec broadcast = Vec::set(a.at(r));
+          acc[r][0] = fma(broadcast, b0, acc[r][0]);
+          acc[r][1] = fma(broadcast, b1, acc[r][1]);
+        }
+        a.advance();
+        b += kCols;
       }
-      a.advance();
-      b += kCols;
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r)
