@@ -109,36 +109,44 @@ inline Blocking choose_blocking(int64_t M, int64_t N, int64_t K) {
   return blocking;
 }
 
-// A in so few blocks that each may pack the panels of B anew, one when it is needed: in one or two, in L2 or not far beyond
-// it, and no smaller than choose_blocking's.
+// A in so few blocks of rows that each may pack the panels of B anew, one when it is needed: in one or two, in L2 or not far
+// beyond it, and no smaller than choose_blocking's; or few rows, deep as they may be, in one block for each part of the depth.
 constexpr int64_t kMostElementsOfBlock = 2 * kBlockElementsOfA;
 inline int64_t blocks_of_rows(int64_t M, int64_t K) {
   return (round_up(M, Kernel::kRows) * padded_depth(K) + kMostElementsOfBlock - 1) / kMostElementsOfBlock;
 }
-inline bool in_few_blocks(int64_t M, int64_t K) {
+inline bool in_few_blocks(int64_t M, int64_t K) { return M < 2 * kMinRowsOfBlock || blocks_of_rows(M, K) <= 2; }
+inline Blocking blocking_of_few_blocks(int64_t M, int64_t K) {
   const int64_t blocks = blocks_of_rows(M, K);
-  return blocks == 1 || (blocks == 2 && M >= 2 * kMinRowsOfBlock);
-}
-inline Blocking blocking_of_rows(int64_t M, int64_t K) {
-  return {even_split(M, (M + blocks_of_rows(M, K) - 1) / blocks_of_rows(M, K), Kernel::kRows), padded_depth(K),
-          even_split(padded_depth(K), Kernel::kDepthInL1, Kernel::kDepth)};
+  Blocking blocking;
+  if (blocks > 1 && M < 2 * kMinRowsOfBlock) {
+    blocking.rows = round_up(M, Kernel::kRows);
+    blocking.depth = even_split(padded_depth(K), kBlockElementsOfA / blocking.rows, Kernel::kDepth);
+  } else {
+    blocking.rows = even_split(M, (M + blocks - 1) / blocks, Kernel::kRows);
+    blocking.depth = padded_depth(K);
+  }
+  blocking.sub_depth = even_split(blocking.depth, Kernel::kDepthInL1, Kernel::kDepth);
+  return blocking;
 }
 
-// Panels of B: packed already, or packed into a buffer of one panel when they are asked for.
+// Panels of B: packed already, or packed into a buffer, as deep as a block, when they are asked for.
 struct RightPanels {
   const Kernel::Packed* packed;
   MatrixRef b;  // if `buffer`
   Kernel::Packed* buffer;
 
-  const Kernel::Packed* at(int64_t n, int64_t cols, int64_t K) const {
-    if (!buffer) return packed + n * padded_depth(K);
-    Kernel::pack_b(buffer, b.offset(0, n), cols, K);
+  // The panel of columns n on, from depth k on: `depth` of it or, where B ends, less.
+  const Kernel::Packed* at(int64_t n, int64_t cols, int64_t k, int64_t depth, int64_t K) const {
+    if (!buffer) return packed + n * padded_depth(K) + k * Kernel::kCols;
+    Kernel::pack_b(buffer, b.offset(k, n), cols, K - k < depth ? K - k : depth);
     return buffer;
   }
   // The panel after that at n, if it is still to be packed.
-  ReadAhead after(int64_t n, int64_t end, int64_t K) const {
+  ReadAhead after(int64_t n, int64_t end, int64_t k, int64_t depth, int64_t K) const {
     const int64_t next = n + Kernel::kCols;
-    return buffer && next < end ? ReadAhead(b.offset(0, next), panel_width(end - next), K) : ReadAhead();
+    if (!buffer || next >= end) return ReadAhead();
+    return ReadAhead(b.offset(k, next), panel_width(end - next), K - k < depth ? K - k : depth);
   }
 };
 
@@ -173,8 +181,8 @@ void multiply_rectangle(MatrixRef a, const RightPanels& right, int64_t K, Range 
       }
       for (int64_t n = cols.begin; n < cols.end; n += N) {
         const int64_t n_count = cols.end - n < N ? cols.end - n : N;
-        const Kernel::Packed* const panel = right.at(n, n_count, K);
-        pending.ahead = right.after(n, cols.end, K);
+        const Kernel::Packed* const panel = right.at(n, n_count, k0, depth, K);
+        pending.ahead = right.after(n, cols.end, k0, depth, K);
         const int64_t tiles_a_panel = m_panels * ((depth + blocking.sub_depth - 1) / blocking.sub_depth);
         const int64_t lines_a_tile = pending.ahead.left() / tiles_a_panel + 1;
         pending.lines_a_step = lines_a_tile * Kernel::kDepth / blocking.sub_depth + 1;
@@ -182,9 +190,9 @@ void multiply_rectangle(MatrixRef a, const RightPanels& right, int64_t K, Range 
         for (int64_t p = 0; p < depth; p += blocking.sub_depth) {
           const int64_t sub = depth - p < blocking.sub_depth ? depth - p : blocking.sub_depth;
           const bool first = k0 + p == 0, last = k0 + p + sub >= K;
-          const Kernel::Packed* b = panel + (k0 + p) * N;
+          const Kernel::Packed* b = panel + p * N;
           const Kernel::Packed* next_b = p + sub < depth                     ? b + sub * N
-                                         : n + N < cols.end && right.packed ? panel + padded_depth(K) * N + k0 * N
+                                         : n + N < cols.end && right.packed ? panel + padded_depth(K) * N
                                                                             : b;
           const int64_t next_share = right.buffer ? 0 : (sub * N + m_panels - 1) / m_panels;
           for (int64_t i = 0; i < m_panels; ++i) {
@@ -248,8 +256,8 @@ void gemm_packed(MatrixRef a, const Kernel::Packed* packed_b, GemmSize size, Epi
   }
 }
 
-// The same for few enough rows that no panel of B is used twice: each thread packs its own, one at a time, and what it
-// packed never leaves its L2.
+// The same for an A in few blocks of rows: each thread packs its own panels of B, one at a time, and what it packed never
+// leaves its L2.
 static void gemm_unpacked(MatrixRef a, MatrixRef b, GemmSize size, EpilogueRef epilogue) {
   const int threads = threads_for(size.M * size.N * size.K, 1 << 17);
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -257,9 +265,10 @@ static void gemm_unpacked(MatrixRef a, MatrixRef b, GemmSize size, EpilogueRef e
     Kernel::ThreadState state;
     (void)state;
     const Range cols = slice(size.N, omp_get_thread_num(), threads, Kernel::kCols);
-    auto* panel = workspace<Kernel::Packed>(Slot::packed_b, padded_depth(size.K) * Kernel::kCols + 64);
+    const Blocking blocking = blocking_of_few_blocks(size.M, size.K);
+    auto* panel = workspace<Kernel::Packed>(Slot::packed_b, blocking.depth * Kernel::kCols + 64);
     if (cols.begin < cols.end)
-      multiply_rectangle(a, {nullptr, b, panel}, size.K, {0, size.M}, cols, blocking_of_rows(size.M, size.K), epilogue);
+      multiply_rectangle(a, {nullptr, b, panel}, size.K, {0, size.M}, cols, blocking, epilogue);
   }
 }
 
