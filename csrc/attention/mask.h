@@ -103,40 +103,43 @@ struct MaskValues {
   }
 };
 
-// The tile of rows first_row .. first_row + kWidth (the last row stands for those beyond it) and at most kMostMaskKeys
-// keys. Its bounds move by multiples of `step`. `buffer` [key][kWidth] holds what has to be added.
-inline MaskTile load_mask_tile(float* buffer, const HeadGroup& group, int64_t first_row, KeyRange keys, int64_t step = 1) {
+// buffer[key][lane] = mask values of row first_row + lane, or of the last row where there are no more.
+inline void load_mask_lanes(float* buffer, const HeadGroup& group, int64_t first_row, KeyRange keys, bool same_for_heads) {
   constexpr int kL = Vec::kLanes;
+  const int64_t count = keys.count();
+  float rows[kL][kMostMaskKeys + kL];
+  for (int64_t lane = 0; lane < kWidth; lane += kL) {
+    const float* row_of_lane[kL];
+    int64_t before = -1;
+    for (int i = 0; i < kL; ++i) {
+      const int64_t row = first_row + lane + i < group.rows ? first_row + lane + i : group.rows - 1;
+      const bool repeats =
+          i > 0 && (row == before || (same_for_heads && group.query_of(row) == group.query_of(before)));
+      if (!repeats) load_mask_row(rows[i], group, row, keys.begin, count);
+      row_of_lane[i] = repeats ? row_of_lane[i - 1] : rows[i];
+      before = row;
+    }
+    for (int64_t j = 0; j < count; j += kL) {
+      Vec block[kL];
+      for (int i = 0; i < kL; ++i) block[i] = Vec::load(row_of_lane[i] + j);
+      transpose(block);
+      for (int i = 0; i < kL && j + i < count; ++i) block[i].store(buffer + (j + i) * kWidth + lane);
+    }
+  }
+}
+
+// The tile of rows first_row .. first_row + kWidth and at most kMostMaskKeys keys. Its bounds move by multiples of `step`.
+// `buffer` [key][kWidth] holds what has to be added.
+inline MaskTile load_mask_tile(float* buffer, const HeadGroup& group, int64_t first_row, KeyRange keys, int64_t step = 1) {
   const MaskTensor& m = group.params.mask;
   if (!m.data) return {keys, nullptr};
   const int64_t count = keys.count();
-  const bool same_for_queries = m.query_stride == 0, same_for_heads = m.head_stride == 0 || group.group == 1;
+  const bool same_for_heads = m.head_stride == 0 || group.group == 1, same_for_rows = same_for_heads && m.query_stride == 0;
 
-  float rows[kL][kMostMaskKeys + kL];
-  MaskValues values{buffer, kWidthVecs};
-  if (same_for_queries && same_for_heads) {
-    load_mask_row(rows[0], group, first_row, keys.begin, count);
-    values = {rows[0], 0};
-  } else {
-    for (int64_t lane = 0; lane < kWidth; lane += kL) {
-      const float* row_of_lane[kL];
-      int64_t before = -1;
-      for (int i = 0; i < kL; ++i) {
-        const int64_t row = first_row + lane + i < group.rows ? first_row + lane + i : group.rows - 1;
-        const bool repeats =
-            i > 0 && (row == before || (same_for_heads && group.query_of(row) == group.query_of(before)));
-        if (!repeats) load_mask_row(rows[i], group, row, keys.begin, count);
-        row_of_lane[i] = repeats ? row_of_lane[i - 1] : rows[i];
-        before = row;
-      }
-      for (int64_t j = 0; j < count; j += kL) {
-        Vec block[kL];
-        for (int i = 0; i < kL; ++i) block[i] = Vec::load(row_of_lane[i] + j);
-        transpose(block);
-        for (int i = 0; i < kL && j + i < count; ++i) block[i].store(buffer + (j + i) * kWidth + lane);
-      }
-    }
-  }
+  float row[kMostMaskKeys];
+  if (same_for_rows) load_mask_row(row, group, first_row, keys.begin, count);
+  else load_mask_lanes(buffer, group, first_row, keys, same_for_heads);
+  const MaskValues values = same_for_rows ? MaskValues{row, 0} : MaskValues{buffer, kWidthVecs};
 
   int64_t begin = 0, end = count;
   while (begin < count && values.hides(begin)) ++begin;
@@ -148,9 +151,9 @@ inline MaskTile load_mask_tile(float* buffer, const HeadGroup& group, int64_t fi
   bool adds_nothing = true;
   for (int64_t j = begin; j < end && adds_nothing; ++j) adds_nothing = values.adds_nothing(j);
   if (adds_nothing) return {seen, nullptr};
-  if (values.vecs == 0)
+  if (same_for_rows)
     for (int64_t j = begin; j < end; ++j)
-      for (int64_t lane = 0; lane < kWidth; lane += kL) Vec::set(rows[0][j]).store(buffer + j * kWidth + lane);
+      for (int v = 0; v < kWidthVecs; ++v) Vec::set(row[j]).store(buffer + j * kWidth + v * Vec::kLanes);
   return {seen, buffer + begin * kWidth};
 }
 
