@@ -1,6 +1,8 @@
 """Whole native calls (csrc/bindings/eager.h) against the long way through Python: same values, layouts and gradients."""
 
 import importlib
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -222,3 +224,23 @@ def test_outputs_are_ordinary_tensors():
     assert not llmfast.linear(x, w.detach()).requires_grad
     out.untyped_storage().resize_(0)  # as sharded training does with memory that it no longer needs
     assert out.untyped_storage().nbytes() == 0
+
+
+def mapping_flags(address: int) -> list[str]:
+    """The kernel's flags of this process's mapping that holds `address`."""
+    within = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        bounds = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+        if bounds:
+            within = int(bounds[1], 16) <= address < int(bounds[2], 16)
+        elif within and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise AssertionError("no mapping there")
+
+
+def test_large_outputs_ask_for_large_pages():
+    x, weight = torch.randn(6000, 64), torch.randn(2000, 64)
+    out = llmfast.ops.linear(x, weight)  # 46 MiB
+    torch.testing.assert_close(out, torch.nn.functional.linear(x, weight))
+    if Path("/sys/kernel/mm/transparent_hugepage").exists():
+        assert "hg" in mapping_flags(out.data_ptr() + out.nbytes // 2)
