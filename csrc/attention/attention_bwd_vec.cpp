@@ -24,7 +24,7 @@ namespace {
 constexpr int64_t kKeys = 64;
 constexpr int64_t kRows = 64;
 constexpr int64_t kPanels = kRows / kWidth;
-static_assert(kRows % kWidth == 0);
+static_assert(kRows % kWidth == 0 && kKeys <= kMostMaskKeys);
 
 // Sums of grad_k (unscaled) and grad_v of one head group: rows padded to kWidth.
 struct KeyGradients {

@@ -28,7 +28,7 @@ constexpr int64_t kSegment = 512;
 constexpr int64_t kItemRows = 512;
 constexpr int64_t kItemBytes = 512 << 10;  // of Q^T and O^T: with the segment they share L2
 constexpr float kSlack = 6.0f;             // bits
-static_assert(kSegment % kKeys == 0 && kKeys % kBlock == 0);
+static_assert(kSegment % kKeys == 0 && kKeys % kBlock == 0 && kKeys <= kMostMaskKeys);
 
 // One step's S^T -> P^T, two keys a unit.
 template <bool kHides>
