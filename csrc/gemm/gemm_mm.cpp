@@ -109,8 +109,8 @@ inline Blocking choose_blocking(int64_t M, int64_t N, int64_t K) {
   return blocking;
 }
 
-// A in so few blocks of rows that each may pack the panels of B anew, one when it is needed: in one or two, in L2 or not far
-// beyond it, and no smaller than choose_blocking's; or few rows, deep as they may be, in one block for each part of the depth.
+// A in so few blocks of rows that each may pack the panels of B anew, one when it is needed: few rows, deep as they may be, in
+// one block for each part of the depth; or more, in one block or two, in L2 or not far beyond it.
 constexpr int64_t kMostElementsOfBlock = 2 * kBlockElementsOfA;
 inline int64_t blocks_of_rows(int64_t M, int64_t K) {
   return (round_up(M, Kernel::kRows) * padded_depth(K) + kMostElementsOfBlock - 1) / kMostElementsOfBlock;
@@ -119,7 +119,7 @@ inline bool in_few_blocks(int64_t M, int64_t K) { return M < 2 * kMinRowsOfBlock
 inline Blocking blocking_of_few_blocks(int64_t M, int64_t K) {
   const int64_t blocks = blocks_of_rows(M, K);
   Blocking blocking;
-  if (blocks > 1 && M < 2 * kMinRowsOfBlock) {
+  if (M < 2 * kMinRowsOfBlock) {
     blocking.rows = round_up(M, Kernel::kRows);
     blocking.depth = even_split(padded_depth(K), kBlockElementsOfA / blocking.rows, Kernel::kDepth);
   } else {
@@ -165,8 +165,8 @@ void multiply_rectangle(MatrixRef a, const RightPanels& right, int64_t K, Range 
   const PlainOutput plain = epilogue.plain();
   // Rows of A that few column panels read are not worth packing where the kernel can do without.
   constexpr int64_t kFewPanels = 32;
-  const bool takes_rows = Kernel::kTakesRows && a.dtype == DType::f32 && a.col_stride == 1;
-  const auto* unpacked = takes_rows && cols.end - cols.begin <= kFewPanels * N ? static_cast<const float*>(a.data) : nullptr;
+  const bool few_panels = cols.end - cols.begin <= kFewPanels * N;
+  const auto* unpacked = few_panels && Kernel::takes_rows(a) ? static_cast<const float*>(a.data) : nullptr;
 
   for (int64_t m0 = rows.begin; m0 < rows.end; m0 += blocking.rows) {
     const int64_t m_count = rows.end - m0 < blocking.rows ? rows.end - m0 : blocking.rows;
@@ -199,7 +199,7 @@ void multiply_rectangle(MatrixRef a, const RightPanels& right, int64_t K, Range 
             float* tile = column_tiles + i * kTile;
             const int64_t valid_rows = m_count - i * R < R ? m_count - i * R : R;
             const bool whole = valid_rows == R && n_count == N;
-            const bool into_c = Kernel::kStoresRows && plain.c && last && whole;
+            const bool into_c = plain.c && last && whole;
             float* out = into_c ? plain.c + (m0 + i * R) * plain.ldc + n : last ? scratch[flip] : tile;
             Kernel::LeftPanel left = {packed_a + p * m_panels * R + i * R * sub, nullptr, 0};
             if (unpacked && valid_rows == R) left = {nullptr, unpacked + (m0 + i * R) * a.row_stride + k0 + p, a.row_stride};

@@ -2,13 +2,13 @@
 //
 //   Packed                       element type of packed panels
 //   kRows, kCols, kDepth         tile of C; depth is padded to a multiple of kDepth
-//   LeftPanel                    kRows rows of A: packed, or (kTakesRows) as float32 rows of A itself
-//   kStoresRows                  whether multiply's output may be rows of C itself
+//   LeftPanel                    kRows rows of A: packed, or (takes_rows) as float32 rows of A itself
 //   kDepthInL1                   kc: depth of a B sub-panel that stays in L1
 //   kBlockBytes                  how much packed A may occupy in L2
 //   kFewRows                     most rows of A for which few_rows.h is faster than packing, whatever they are
 //   kFewRowsInBlock              whether it is so for all that are one block in L2, too
 //   supports(dtype)              operand dtypes it multiplies
+//   takes_rows(a)                whether whole panels of rows of A need not be packed
 //   ThreadState                  RAII, one per thread and parallel region (AMX: tile configuration)
 //   pack_a(dst, a, rows, depth)  one row panel: `rows` <= kRows of A, zero-padded to kRows x padded depth
 //   pack_b(dst, b, cols, depth)  one column panel, likewise; both are kRows (kCols) * padded depth elements, depth-major

@@ -17,7 +17,6 @@ struct Kernel {
   static constexpr int kRows = 2 * kTileRows;
   static constexpr int kCols = 2 * kTileRows;
   static constexpr int kDepth = 32;
-  static constexpr bool kTakesRows = false, kStoresRows = true;
   static constexpr int64_t kFewRows = 64;
   static constexpr bool kFewRowsInBlock = true;
   static constexpr int64_t kDepthInL1 = 512;
@@ -25,6 +24,7 @@ struct Kernel {
   static_assert(kRows == kBlock && kCols == kBlock && kDepth == kBlock);
 
   static bool supports(DType dtype) { return dtype == DType::bf16; }
+  static bool takes_rows(MatrixRef) { return false; }
 
   using ThreadState = TileConfig;
 

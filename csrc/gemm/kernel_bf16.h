@@ -15,13 +15,13 @@ struct Kernel {
   static constexpr int kRows = 14;
   static constexpr int kCols = kBlock;
   static constexpr int kDepth = kBlock;
-  static constexpr bool kTakesRows = false, kStoresRows = true;
   static constexpr int64_t kFewRows = 48;
   static constexpr bool kFewRowsInBlock = false;
   static constexpr int64_t kDepthInL1 = 768;
   static constexpr int64_t kBlockBytes = 512 << 10;
 
   static bool supports(DType dtype) { return dtype == DType::bf16; }
+  static bool takes_rows(MatrixRef) { return false; }
 
   struct ThreadState {};
 
