@@ -3,7 +3,8 @@
 A process each, because only so is its peak memory its own, and because a peer that needs minutes for a step can be
 stopped at a time limit. Idle processes wait on a pipe and take no processor time. Weights, batch, hyperparameters and
 threads are the same; before anything is timed, the losses of the first steps (for inference: the loss of one token after
-the prompt) are held against transformers in float32.
+the prompt) are held against transformers in float32. Where not all of them fit into memory, they take turns in groups,
+llmfast in each.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import dataclasses
 import functools
 import importlib.util
 import multiprocessing
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from llmfast.bench.harness import Budget, compare, schedule, summary
 from llmfast.bench.limits import Limits
+from llmfast.bench.memory import available
 from llmfast.bench.worker import StepSpec, Task, serve
 from llmfast.models import PRESETS, GPTConfig
 
@@ -122,6 +125,12 @@ class StepCase:
         return {"llmfast": spec("llmfast", self.dtype), **peers}
 
 
+def fits(bytes: int) -> bool:
+    """Whether a process that needs as much as `bytes` or somewhat more may start; yes where that is unknown."""
+    free = available()
+    return free is None or free > 1.25 * bytes
+
+
 class _Failed(Exception):
     """A provider cannot go on: (status, note)."""
 
@@ -140,6 +149,7 @@ class _Worker:
     def __init__(self, spec: StepSpec, timeout: float) -> None:
         context = _context()
         self.spec, self.timeout = spec, timeout
+        self.peak_rss = 0  # bytes, as of the last answer
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, spec), daemon=True)
         self.process.start()
@@ -155,9 +165,12 @@ class _Worker:
             answer = self.connection.recv()
         except (EOFError, OSError):
             self.process.join(5)
-            raise _Failed("error", f"its process died (exit code {self.process.exitcode})") from None
+            code = self.process.exitcode
+            why = "killed, perhaps for want of memory" if code == -signal.SIGKILL else f"exit code {code}"
+            raise _Failed("error", f"its process died ({why})") from None
         if "error" in answer:
             raise _Failed("error", answer["error"])
+        self.peak_rss = answer.get("peak_rss") or 0
         return answer
 
     def close(self) -> None:
@@ -181,30 +194,64 @@ def measure_step(
         budget: `seconds` and `rounds` as for ops; a first step slower than `slow` is its provider's only sample.
         timeout: seconds that a provider may take for a step before it is stopped.
     """
-    found: dict[str, dict] = {}
+    providers = case.providers(threads)
+    found: dict[str, dict] = {name: {"ours": name == "llmfast"} for name in providers}
+    samples: dict[str, list[float]] = {}
+    peers: dict[str, StepSpec] = {}
+    for name, spec in providers.items():
+        if isinstance(spec, str):
+            found[name].update(status="not run", note=spec)
+        elif name != "llmfast":
+            peers[name] = spec
+    while True:
+        postponed = _turns(case, {"llmfast": providers["llmfast"], **peers}, found, samples, budget, timeout, progress)
+        if not postponed:
+            break
+        peers = {name: peers[name] for name in postponed}
+    for name, taken in samples.items():
+        if taken and found[name]["status"] == "ok":
+            found[name].update(summary(taken))
+    return _row(case, found, limits)
+
+
+def _turns(
+    case: StepCase,
+    specs: dict[str, StepSpec],
+    found: dict[str, dict],
+    samples: dict[str, list[float]],
+    budget: Budget,
+    timeout: float,
+    progress: Callable[[str], None],
+) -> list[str]:
+    """Checks and times providers that take turns; returns peers for which the memory did not suffice beside the others.
+    They get turns with llmfast, whose samples all count, when these have gone."""
     workers: dict[str, _Worker] = {}
+    postponed: list[str] = []
     try:
-        for name, spec in case.providers(threads).items():
-            found[name] = {"ours": name == "llmfast"}
-            if isinstance(spec, str):
-                found[name].update(status="not run", note=spec)
-                continue
+        for name, spec in specs.items():
             workers[name] = _Worker(spec, timeout)  # all of them start at once: imports and weights take seconds
         progress(f"{case.label}: starting")
         for name in list(workers):
             _guard(found[name], workers, name, lambda n=name: workers[n].ask(None, STARTING))
+        most = 0  # bytes that a peer has used
         for name in list(workers):
+            if most and not fits(most):
+                postponed.append(name)
+                workers.pop(name).close()
+                continue
             progress(f"{case.label}: {name}, first steps")
             _guard(found[name], workers, name, lambda n=name: _warm_up(workers[n], found[n], budget))
+            if name in workers and not found[name]["ours"]:
+                most = max(most, workers[name].peak_rss)
         _check_losses(found, _tolerance(case))
         if budget.timed:
-            _time(case, found, workers, budget, progress)
+            _time(case, found, samples, workers, budget, progress)
         for name in list(workers):
             _guard(found[name], workers, name, lambda n=name: _finish(workers[n], found[n]))
     finally:
         for worker in workers.values():
             worker.close()
-    return _row(case, found, limits)
+    return postponed
 
 
 def _guard(entry: dict, workers: dict[str, _Worker], name: str, action: Callable[[], None]) -> None:
@@ -244,13 +291,23 @@ def _check_losses(found: dict[str, dict], tolerance: float) -> None:
             entry.update(status="wrong", note=f"a loss is off by {entry['error']:.2g}, allowed {tolerance:g}")
 
 
-def _time(case: StepCase, found: dict, workers: dict, budget: Budget, progress: Callable[[str], None]) -> None:
-    samples = {name: [] for name in workers if found[name]["status"] == "ok"}
+def _time(
+    case: StepCase,
+    found: dict[str, dict],
+    samples: dict[str, list[float]],
+    workers: dict[str, _Worker],
+    budget: Budget,
+    progress: Callable[[str], None],
+) -> None:
+    """Adds to `samples`."""
     rounds = {}
-    for name in samples:
+    for name in workers:
+        if found[name]["status"] != "ok":
+            continue
+        samples.setdefault(name, [])
         warm_up = found[name]["warm_up_s"]
         if warm_up[-1] > budget.slow:
-            samples[name] = warm_up[-1:]
+            samples[name].append(warm_up[-1])
             found[name].setdefault("note", "one step, not warmed up")
         else:
             rounds[name] = budget.samples(warm_up[-1])
@@ -260,9 +317,6 @@ def _time(case: StepCase, found: dict, workers: dict, budget: Budget, progress: 
             progress(f"{case.label}: step {i + 1} of {len(order)}, {name}")
             _guard(found[name], workers, name, lambda n=name: _take(workers[n], samples[n], found[n]["losses"]))
     _check_losses(found, _tolerance(case))  # slow providers took one step before: now there are more
-    for name, taken in samples.items():
-        if taken and found[name]["status"] == "ok":
-            found[name].update(summary(taken))
 
 
 def _take(worker: _Worker, samples: list[float], losses: list[float]) -> None:

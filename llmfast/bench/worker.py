@@ -68,7 +68,8 @@ def serve(connection: Connection, spec: StepSpec) -> None:
         while connection.recv() == "step":
             start = time.perf_counter()
             loss = step()
-            connection.send({"seconds": time.perf_counter() - start, "loss": loss})
+            seconds = time.perf_counter() - start
+            connection.send({"seconds": seconds, "loss": loss, "peak_rss": peak_rss()})
         connection.send({"peak_rss": peak_rss(), "fell_back": activity.fell_back()})
     except (EOFError, KeyboardInterrupt):
         pass  # the parent has gone, or is going
