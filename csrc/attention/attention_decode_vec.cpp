@@ -20,7 +20,7 @@ namespace llmfast::LLMFAST_TARGET {
 namespace {
 
 constexpr int64_t kBlock = 128;
-constexpr int64_t kFewKeys = 8;      // whose values are fetched while their scores are computed
+constexpr int64_t kFewKeys = 16;     // whose values are fetched while their scores are computed
 constexpr int64_t kLeastKeys = 256;  // fewer are not worth an item of their own
 static_assert(kBlock % Vec::kLanes == 0);
 
@@ -74,14 +74,18 @@ inline void weigh_columns(const float* weights, const float* keep, const KeyList
     }
 }
 
-// All Dv head dims of kRows rows; eight independent sums at a time hide the latency of fma.
+// All Dv head dims of kRows rows; eight or, at the end, four independent sums at a time hide the latency of fma.
 template <int kRows, class T>
 inline void weigh_values(const float* weights, const float* keep, const KeyList& list, const T* values, int64_t stride,
                          int64_t Dv, float* acc, int64_t acc_stride) {
-  constexpr int kVecs = 8 / kRows, kStep = kVecs * Vec::kLanes;
   int64_t d = 0;
-  for (; d + kStep <= Dv; d += kStep)
-    weigh_columns<kRows, kVecs>(weights, keep, list, values + d, stride, acc + d, acc_stride, AllLanes{});
+  const auto whole = [&](auto count) {
+    constexpr int kVecs = decltype(count)::value, kStep = kVecs * Vec::kLanes;
+    for (; d + kStep <= Dv; d += kStep)
+      weigh_columns<kRows, kVecs>(weights, keep, list, values + d, stride, acc + d, acc_stride, AllLanes{});
+  };
+  whole(Count<8 / kRows>{});
+  whole(Count<4 / kRows>{});
   for_each_vec(Dv - d, [&](int64_t i, auto lanes) {
     weigh_columns<kRows, 1>(weights, keep, list, values + d + i, stride, acc + d + i, acc_stride, lanes);
   });
@@ -133,12 +137,16 @@ class DecodeItem {
       });
     }
     float keep[kDecodeRows];
+    bool all_see_all = !p_.mask.data;
     for (int64_t r = 0; r < g_.rows; ++r) {
+      const KeyRange seen = g_.keys_of(r);
+      all_see_all = all_see_all && seen.begin <= block.begin && seen.end >= block.end;
       hide(scores_ + r * kBlock, r, block);
       keep[r] = soften(scores_ + r * kBlock, block.count(), r);
     }
     KeyList everyone, someone;
-    sort_keys(block.count(), &everyone, &someone);
+    if (all_see_all) everyone = first_keys(block.count());
+    else sort_keys(block.count(), &everyone, &someone);
     for_row_blocks(g_.rows, [&](int64_t r, auto count) {
       weigh_values<decltype(count)::value>(scores_ + r * kBlock, keep + r, everyone, values, p_.v.token_stride, p_.Dv,
                                            partial_.acc + r * partial_.stride, partial_.stride);
@@ -198,6 +206,13 @@ class DecodeItem {
     partial_.highest[row] = now;
     partial_.sum[row] = partial_.sum[row] * keep[0] + reduce_add(total);
     return keep[0];
+  }
+
+  static KeyList first_keys(int64_t count) {
+    KeyList list;
+    for (int64_t j = 0; j < count; ++j) list.key[j] = static_cast<int>(j);
+    list.count = static_cast<int>(count);
+    return list;
   }
 
   // Keys that every row sees, and keys that only some do; their values may be NaN for the others.

@@ -15,21 +15,6 @@ constexpr int kDotRows = 4;
 constexpr int kSquare = 4;
 constexpr int64_t kDepthOfSquares = 2048;  // kSquare rows of W of this length are half of L1
 
-// Lane i of the result is the sum of the lanes of sums[i].
-inline __m512 sum_each(const __m512 (&sums)[16]) {
-  __m512 quads[4];
-  for (int i = 0; i < 4; ++i) {
-    const __m512* s = sums + 4 * i;
-    const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(s[0], s[1]), _mm512_unpackhi_ps(s[0], s[1]));
-    const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(s[2], s[3]), _mm512_unpackhi_ps(s[2], s[3]));
-    quads[i] = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
-  }
-  const auto add_quarters = [](__m512 a, __m512 b) {
-    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-  };
-  return add_quarters(add_quarters(quads[0], quads[1]), add_quarters(quads[2], quads[3]));
-}
-
 // Row m of x from x.data + m * x.stride.
 struct Rows {
   const bf16* data;
@@ -40,7 +25,7 @@ struct Rows {
 
 // sums[m] = x[m] . w, lane by lane, for kM rows of x; several sums along K hide the latency of additions.
 template <int kM>
-inline __attribute__((always_inline)) void dot_row(Rows x, const bf16* w, int64_t K, __m512* sums) {
+inline __attribute__((always_inline)) void dot_row(Rows x, const bf16* w, int64_t K, Vec* sums) {
   constexpr int kSums = kM == 1 ? 4 : 2;
   Vec acc[kM][kSums];
 #pragma GCC unroll 4
@@ -64,7 +49,7 @@ inline __attribute__((always_inline)) void dot_row(Rows x, const bf16* w, int64_
     Vec sum = acc[m][0];
 #pragma GCC unroll 4
     for (int s = 1; s < kSums; ++s) sum = sum + acc[m][s];
-    sums[m] = sum.v;
+    sums[m] = sum;
   }
 }
 
@@ -73,12 +58,12 @@ template <int kM>
 void dot_columns(Rows x, Rows w, int64_t K, int64_t count, float* out, int64_t ldo) {
   constexpr int kAtOnce = 16 / kM;  // rows of w, kM = 3: one sum is left out
   for (int64_t j = 0; j < count; j += kAtOnce) {
-    __m512 sums[16];
-    for (__m512& sum : sums) sum = _mm512_setzero_ps();
+    Vec sums[16];
+    for (Vec& sum : sums) sum = Vec::zero();
     const int64_t rows = count - j < kAtOnce ? count - j : kAtOnce;
     for (int64_t i = 0; i < rows; ++i) dot_row<kM>(x, w[j + i], K, sums + i * kM);
     float totals[16];
-    _mm512_storeu_ps(totals, sum_each(sums));
+    sum_each(sums).store(totals);
     for (int64_t i = 0; i < rows; ++i)
       for (int m = 0; m < kM; ++m) out[m * ldo + j + i] = totals[i * kM + m];
   }
@@ -115,13 +100,13 @@ inline __attribute__((noinline)) void dot_square(Rows x, Rows w, int64_t rows, i
     add(k, ~__mmask32{0});
   }
   if (k < K) add(k, first_bf16_lanes(K - k));
-  __m512 sums[16];
+  Vec sums[16];
 #pragma GCC unroll 4
   for (int m = 0; m < kSquare; ++m)
 #pragma GCC unroll 4
-    for (int j = 0; j < kSquare; ++j) sums[m * kSquare + j] = acc[m][j].v;
+    for (int j = 0; j < kSquare; ++j) sums[m * kSquare + j] = acc[m][j];
   float totals[16];
-  _mm512_storeu_ps(totals, sum_each(sums));
+  sum_each(sums).store(totals);
   for (int64_t m = 0; m < rows; ++m)
     for (int64_t j = 0; j < cols; ++j)
       out[m * ldo + j] = totals[m * kSquare + j] + (add_to_out ? out[m * ldo + j] : 0.0f);

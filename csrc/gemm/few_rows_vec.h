@@ -13,9 +13,9 @@ namespace llmfast::LLMFAST_TARGET {
 
 constexpr int kDotRows = 4;
 
-// out[m] = sum_k x[m][k] * w[k] for kM rows of x (float32); several sums along K hide the latency of fma.
+// sums[m] = x[m] . w, lane by lane, for kM rows of x (float32); several sums along K hide the latency of fma.
 template <int kM, class T>
-inline void dot_row(const float* x, int64_t ldx, const T* w, int64_t K, float* out, int64_t ldo) {
+inline void dot_row(const float* x, int64_t ldx, const T* w, int64_t K, Vec* sums) {
   constexpr int kSums = kM == 1 ? 4 : 2;
   constexpr int64_t kStep = kSums * Vec::kLanes;
   Vec acc[kM][kSums];
@@ -45,7 +45,7 @@ inline void dot_row(const float* x, int64_t ldx, const T* w, int64_t K, float* o
     Vec sum = acc[m][0];
 #pragma GCC unroll 4
     for (int s = 1; s < kSums; ++s) sum = sum + acc[m][s];
-    out[m * ldo] = reduce_add(sum);
+    sums[m] = sum;
   }
 }
 
@@ -74,10 +74,21 @@ inline void dot_block(const float* x, int64_t ldx, const T* w, int64_t ldw, int6
     for (int j = 0; j < kJ; ++j) out[m * ldo + j] = reduce_add(acc[m][j]);
 }
 
-// kM rows of x with `count` rows of w.
+// kM rows of x with `count` rows of w, whose lanes are summed for a register of results at once.
 template <int kM, class T>
 void dot_columns(const float* x, const T* w, int64_t ldw, int64_t K, int64_t count, float* out, int64_t ldo) {
-  for (int64_t j = 0; j < count; ++j) dot_row<kM>(x, K, w + j * ldw, K, out + j, ldo);
+  constexpr int kL = Vec::kLanes, kAtOnce = kL / kM;  // rows of w
+  static_assert(kAtOnce > 0);
+  for (int64_t j = 0; j < count; j += kAtOnce) {
+    Vec sums[kL];
+    for (int i = 0; i < kL; ++i) sums[i] = Vec::zero();
+    const int64_t rows = count - j < kAtOnce ? count - j : kAtOnce;
+    for (int64_t i = 0; i < rows; ++i) dot_row<kM>(x, K, w + (j + i) * ldw, K, sums + i * kM);
+    float totals[kL];
+    sum_each(sums).store(totals);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int m = 0; m < kM; ++m) out[m * ldo + j + i] = totals[i * kM + m];
+  }
 }
 
 // M > kDotRows rows of x with `count` rows of w.
@@ -95,7 +106,7 @@ void dot_tiles(const float* x, int64_t M, const T* w, int64_t ldw, int64_t K, in
         dot_block<kDotRows, 2>(x + m * K, K, rows, ldw, K, out + m * ldo + j, ldo);
       for (; m < M; ++m) dot_block<1, 2>(x + m * K, K, rows, ldw, K, out + m * ldo + j, ldo);
     } else {
-      for (; m < M; ++m) dot_row<1>(x + m * K, K, rows, K, out + m * ldo + j, ldo);
+      for (; m < M; ++m) dot_columns<1>(x + m * K, rows, ldw, K, 1, out + m * ldo + j, ldo);
     }
   }
 }

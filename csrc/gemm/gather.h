@@ -5,12 +5,14 @@
 
 namespace llmfast::LLMFAST_TARGET {
 
-constexpr int64_t kAhead = 1024;  // bytes; 512 and 2048 are slower
+// Into L2: prefetching into L1 takes the few buffers that loads need. 1.1 to 1.4 times as fast (Zen 4, weights from memory) as
+// 1 KiB ahead into L1; 2 KiB ahead is up to a tenth slower.
+constexpr int64_t kAhead = 4096;  // bytes
 
 template <class T>
-inline void prefetch_ahead(const T* p, int64_t count) {
+inline __attribute__((always_inline)) void prefetch_ahead(const T* p, int64_t count) {
   constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(reinterpret_cast<const char*>(p + i) + kAhead);
+  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(reinterpret_cast<const char*>(p + i) + kAhead, 0, 2);
 }
 
 // Rows of A as contiguous float32.

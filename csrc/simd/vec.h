@@ -9,6 +9,7 @@
 //   max min abs sqrt round_even                    max/min return the second operand if either is NaN
 //   scale_exp2(a, n) = a * 2^n for integral n in [-126, 127]
 //   reduce_add reduce_max
+//   sum_each(r)                                  r[kLanes]: lane i of the result is the sum of r[i]'s lanes
 //   transpose(r)                                 r[kLanes], in place: lane j of r[i] <-> lane i of r[j]
 //   gt ge lt le eq -> Mask   both(m, n)   any(m)   all(m)   select(m, a, b) = m ? a : b
 //

@@ -74,6 +74,19 @@ inline Vec scale_exp2(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 inline float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
 // Pairs of lanes, pairs of pairs within 128-bit quarters, then the quarters, twice.
+inline Vec sum_each(const Vec (&r)[Vec::kLanes]) {
+  __m512 quads[4];
+  for (int i = 0; i < 4; ++i) {
+    const Vec* s = r + 4 * i;
+    const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(s[0].v, s[1].v), _mm512_unpackhi_ps(s[0].v, s[1].v));
+    const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(s[2].v, s[3].v), _mm512_unpackhi_ps(s[2].v, s[3].v));
+    quads[i] = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+  }
+  const auto add_quarters = [](__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+  return {add_quarters(add_quarters(quads[0], quads[1]), add_quarters(quads[2], quads[3]))};
+}
 inline void transpose(Vec (&r)[Vec::kLanes]) {
   __m512 t[16], u[16];
   for (int i = 0; i < 8; ++i) {

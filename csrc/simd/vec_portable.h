@@ -75,6 +75,11 @@ inline float reduce_max(Vec a) {
   const float x = a.v[0] > a.v[1] ? a.v[0] : a.v[1], y = a.v[2] > a.v[3] ? a.v[2] : a.v[3];
   return x > y ? x : y;
 }
+inline Vec sum_each(const Vec (&r)[Vec::kLanes]) {
+  Vec sums;
+  for (int i = 0; i < Vec::kLanes; ++i) sums.v[i] = reduce_add(r[i]);
+  return sums;
+}
 inline void transpose(Vec (&r)[Vec::kLanes]) {
   for (int i = 0; i < Vec::kLanes; ++i)
     for (int j = i + 1; j < Vec::kLanes; ++j) {

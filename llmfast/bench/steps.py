@@ -44,7 +44,8 @@ class StepCase:
         dtype: float32 or bfloat16.
         compile: also measure torch.compile of the peers.
         task: ``training step`` (forward, backward, AdamW); ``prefill`` (B prompts of T tokens into the key/value caches,
-            logits of the last); ``decode`` (one token for each of B sequences, after T others).
+            logits of the last); ``decode`` (one token for each of B sequences, after T others; a few of them in a row
+            for each time).
         malloc: also measure the peers with freed memory kept by the allocator, as llmfast asks it to.
         config: the model's shape, where no preset has it.
 

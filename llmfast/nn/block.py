@@ -70,10 +70,17 @@ def fused_block(
     if weights is None or x.numel() == 0 or not x.is_contiguous():
         return None
     cos, sin = rotary or (None, None)
-    tensors = (x, stream, cos, sin, mask, *weights)
-    if not _plain_eager(tensors) or any(w is not None and w.dtype != weights.qkv.dtype for w in weights):
+    if not _plain_eager((x, stream, cos, sin, mask, *weights)):
         return None
-    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    dtype, differentiable = weights.qkv.dtype, False
+    for tensor in weights:
+        if tensor is not None:
+            if tensor.dtype != dtype:
+                return None
+            differentiable = differentiable or tensor.requires_grad
+    for tensor in (x, stream, cos, sin, mask):
+        differentiable = differentiable or (tensor is not None and tensor.requires_grad)
+    differentiable = differentiable and torch.is_grad_enabled()
     if differentiable and (cache is not None or (mask is not None and mask.requires_grad)):
         return None
     B, T, _ = x.shape
@@ -86,11 +93,12 @@ def fused_block(
     extras = (cos, sin, mask, cu_seqlens)
     if differentiable:
         return _BlockFunction.apply(_settings(block), extras, x, stream, *weights)
-    out = x.new_empty(x.shape, dtype=weights.qkv.dtype)
+    out = torch.empty_like(x) if x.dtype == dtype else torch.empty_like(x, dtype=dtype)
     stream_out = torch.empty_like(x if stream is None else stream)
     k = v = None
     if cache is not None:
-        k, v = cache.reserve(B, block.attention.kv_heads, T, block.attention.head_dim, out)
+        attention = block._modules["attention"]
+        k, v = cache.reserve(B, attention.kv_heads, T, attention.head_dim, out)
     backend.native().block_forward(_settings(block), weights, (x, stream, *extras, k, v), cached, out, stream_out, None)
     if cache is not None:
         cache.length += T
@@ -107,35 +115,31 @@ def _weights(block: nn.Module) -> Weights | None:
         return None
     if attention._modules.get("q_norm") is not None or attention._modules.get("k_norm") is not None:
         return None  # the native block has no norms there
-    linears = (
+    qkv, out, up, down, gate = linears = (
         attention._modules["qkv"],
         attention._modules["out"],
         ffn._modules["up"],
         ffn._modules["down"],
         ffn._modules.get("gate"),
     )
-    if any(type(linear) is not Linear for linear in linears if linear is not None):
-        return None
-    if any(_hooked(m) for m in (norm1, attention, norm2, ffn, *linears) if m is not None):
-        return None
-    qkv, out, up, down = (linear._parameters for linear in linears[:4])
-    gate = None if linears[4] is None else linears[4]._parameters["weight"]
-    n1, n2 = norm1._parameters, norm2._parameters
+    for linear in linears:
+        if linear is not None and type(linear) is not Linear:
+            return None
+    for m in (norm1, attention, norm2, ffn, *linears):
+        if m is not None and (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks):
+            return None
+    n1, n2, q, o, u, d = (m._parameters for m in (norm1, norm2, qkv, out, up, down))
     return Weights(
-        n1["weight"], n1.get("bias"), qkv["weight"], qkv["bias"], out["weight"], out["bias"],
-        n2["weight"], n2.get("bias"), up["weight"], up["bias"], gate, down["weight"], down["bias"],
+        n1["weight"], n1.get("bias"), q["weight"], q["bias"], o["weight"], o["bias"],
+        n2["weight"], n2.get("bias"), u["weight"], u["bias"], None if gate is None else gate._parameters["weight"],
+        d["weight"], d["bias"],
     )  # fmt: skip
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 def _settings(block: nn.Module):
     """The native description of all in `block` that is not a tensor, made again only when that changes."""
-    attention, norm1, norm2 = block.attention, block.attention_norm, block.ffn_norm
+    modules = block._modules
+    attention, norm1, norm2 = modules["attention"], modules["attention_norm"], modules["ffn_norm"]
     description = (
         attention.heads,
         attention.kv_heads,
@@ -145,7 +149,7 @@ def _settings(block: nn.Module):
         norm1.eps,
         norm2.eps,
         attention.head_dim**-0.5,
-        ACTIVATIONS.index(block.ffn.activation),
+        ACTIVATIONS.index(modules["ffn"].activation),
     )
     made = block.__dict__.get("_native_settings")
     if made is None or made[0] != description:

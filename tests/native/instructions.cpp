@@ -71,6 +71,8 @@ void vectors() {
   check(std::fabs(reduce_add(x) - sum) < 1e-5 && reduce_max(x) == largest, "reduce");
   Vec rows[16];
   for (int i = 0; i < 16; ++i) rows[i] = Vec::set(100.0f * i) + Vec::iota();
+  lanes(sum_each(rows));
+  for (int i = 0; i < 16; ++i) check(out[i] == 1600.0f * i + 120.0f, "sum_each", i);
   transpose(rows);
   for (int i = 0; i < 16; ++i) {
     lanes(rows[i]);
