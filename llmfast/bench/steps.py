@@ -44,8 +44,7 @@ class StepCase:
         dtype: float32 or bfloat16.
         compile: also measure torch.compile of the peers.
         task: ``training step`` (forward, backward, AdamW); ``prefill`` (B prompts of T tokens into the key/value caches,
-            logits of the last); ``decode`` (one token for each of B sequences, after T others; a few of them in a row
-            for each time).
+            logits of the last); ``decode`` (one token for each of B sequences, after T others; timed a few in a row).
         malloc: also measure the peers with freed memory kept by the allocator, as llmfast asks it to.
         config: the model's shape, where no preset has it.
 
@@ -126,10 +125,12 @@ class StepCase:
         return {"llmfast": spec("llmfast", self.dtype), **peers}
 
 
-def fits(bytes: int) -> bool:
-    """Whether a process that needs as much as `bytes` or somewhat more may start; yes where that is unknown."""
+def fits(peaks: list[int], idle: list[int]) -> bool:
+    """Whether memory suffices for one more process, somewhat larger than the largest of some whose bytes at most and between
+    their steps are given: it may keep all of it, while any of them takes a step. Yes where that is unknown."""
     free = available()
-    return free is None or free > 1.25 * bytes
+    steps = max(peak - now for peak, now in zip(peaks, idle))
+    return free is None or free > 1.25 * max(peaks) + steps
 
 
 class _Failed(Exception):
@@ -150,7 +151,7 @@ class _Worker:
     def __init__(self, spec: StepSpec, timeout: float) -> None:
         context = _context()
         self.spec, self.timeout = spec, timeout
-        self.peak_rss = 0  # bytes, as of the last answer
+        self.peak_rss = self.rss = 0  # bytes, as of the last answer
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, spec), daemon=True)
         self.process.start()
@@ -171,7 +172,7 @@ class _Worker:
             raise _Failed("error", f"its process died ({why})") from None
         if "error" in answer:
             raise _Failed("error", answer["error"])
-        self.peak_rss = answer.get("peak_rss") or 0
+        self.peak_rss, self.rss = answer.get("peak_rss") or 0, answer.get("rss") or 0
         return answer
 
     def close(self) -> None:
@@ -234,16 +235,17 @@ def _turns(
         progress(f"{case.label}: starting")
         for name in list(workers):
             _guard(found[name], workers, name, lambda n=name: workers[n].ask(None, STARTING))
-        most = 0  # bytes that a peer has used
+        peaks, idle = [], []  # bytes of peers at most, and now
         for name in list(workers):
-            if most and not fits(most):
+            if peaks and not fits(peaks, idle):
                 postponed.append(name)
                 workers.pop(name).close()
                 continue
             progress(f"{case.label}: {name}, first steps")
             _guard(found[name], workers, name, lambda n=name: _warm_up(workers[n], found[n], budget))
             if name in workers and not found[name]["ours"]:
-                most = max(most, workers[name].peak_rss)
+                peaks.append(workers[name].peak_rss)
+                idle.append(workers[name].rss)
         _check_losses(found, _tolerance(case))
         if budget.timed:
             _time(case, found, samples, workers, budget, progress)

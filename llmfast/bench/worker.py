@@ -69,7 +69,7 @@ def serve(connection: Connection, spec: StepSpec) -> None:
         connection.send({"ready": True})
         while connection.recv() == "step":
             loss, seconds = _turn(step, spec.task)
-            connection.send({"seconds": seconds, "loss": loss, "peak_rss": peak_rss()})
+            connection.send({"seconds": seconds, "loss": loss, "peak_rss": peak_rss(), "rss": peak_rss("VmRSS")})
         connection.send({"peak_rss": peak_rss(), "fell_back": activity.fell_back()})
     except (EOFError, KeyboardInterrupt):
         pass  # the parent has gone, or is going
