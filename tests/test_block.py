@@ -18,6 +18,16 @@ FAMILIES = {
         "bias": False,
         "kv_heads": 2,
     },
+    "qwen3": {
+        "norm": "rms_norm",
+        "position": "rotary",
+        "activation": "silu",
+        "gated": True,
+        "bias": False,
+        "kv_heads": 2,
+        "head_dim": 20,
+        "qk_norm": True,
+    },
     "no biases, window": {
         "norm": "layer_norm",
         "position": "rotary",
@@ -31,7 +41,11 @@ FAMILIES = {
 def make(family: str, dtype=torch.float32, **changes) -> GPT:
     torch.manual_seed(1)
     config = GPTConfig(vocab_size=31, context=32, layers=2, heads=4, width=48, ffn_width=72, **FAMILIES[family])
-    return GPT(config.replace(**changes)).to(dtype)
+    model = GPT(config.replace(**changes)).to(dtype)
+    for name, parameter in model.named_parameters():
+        if "_norm.weight" in name:  # ones would hide a weight that is left out
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model
 
 
 def by_modules(monkeypatch) -> None:

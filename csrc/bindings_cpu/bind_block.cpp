@@ -27,9 +27,9 @@ BlockInputs read_inputs(const py::tuple& tensors, int64_t cached) {
 void bind_block(py::module_& m) {
   py::class_<BlockSettings>(m, "BlockSettings")
       .def(py::init([](int64_t heads, int64_t kv_heads, int64_t head_dim, py::object left, bool centred, float eps1,
-                       float eps2, float scale, int activation) {
+                       float eps2, float eps_qk, float scale, int activation) {
         return BlockSettings{heads, kv_heads, head_dim, left.is_none() ? kUnbounded : left.cast<int64_t>(), centred, eps1,
-                             eps2, scale, static_cast<Activation>(activation)};
+                             eps2, eps_qk, scale, static_cast<Activation>(activation)};
       }));
   m.def("block_saved_bytes", [](const BlockSettings& settings, const py::tuple& weights, const py::tuple& inputs) {
     return block_saved_bytes(settings, read_weights(weights), read_inputs(inputs, 0));

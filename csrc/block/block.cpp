@@ -4,6 +4,7 @@
 
 #include "attention/attention.h"
 #include "core/check.h"
+#include "core/parallel.h"
 #include "core/workspace.h"
 #include "linear/linear.h"
 #include "norm/norm.h"
@@ -49,12 +50,13 @@ struct Dims {
 // What the backward pass reads of the forward pass. Without `keep`, buffers are reused as soon as they are read.
 struct Activations {
   TensorView sum1, normed1, mean1, rstd1, qkv, attended, lse, normed2, mean2, rstd2, up, gate;
+  TensorView q, k, rstd_q, rstd_k;  // normed heads, where there are such norms
 
   Activations(Arena& arena, const Dims& d, const BlockWeights& w, const BlockInputs& in, bool centred, bool keep) {
-    const auto row = [&] {
-      TensorView t = arena.take(DType::f32, 1, d.M);
+    const auto row = [&](int64_t heads = 1) {
+      TensorView t = arena.take(DType::f32, 1, d.M * heads);
       t.ndim = 1;
-      t.shape[0] = d.M;
+      t.shape[0] = d.M * heads;
       t.stride[0] = 1;
       return t;
     };
@@ -63,6 +65,12 @@ struct Activations {
     if (centred) mean1 = row();
     rstd1 = row();
     qkv = arena.take(d.dtype, d.M, d.qkv_width());
+    if (w.q_norm.defined) {
+      q = arena.take(d.dtype, d.M, d.Hq * d.D);
+      k = arena.take(d.dtype, d.M, d.Hkv * d.D);
+      rstd_q = row(d.Hq);
+      rstd_k = row(d.Hkv);
+    }
     attended = arena.take(d.dtype, d.M, d.Hq * d.D);
     lse = arena.take(DType::f32, d.Hq, d.M);
     normed2 = keep ? arena.take(d.dtype, d.M, d.C) : normed1;
@@ -129,8 +137,8 @@ TensorView append(const TensorView& cache, const TensorView& fresh, int64_t cach
 AttentionArguments attention_arguments(const BlockSettings& s, const BlockInputs& in, const Activations& a,
                                        const Dims& d) {
   const bool packed = in.cu_seqlens.defined;
-  return {heads(a.qkv, d, 0, d.Hq, packed),
-          heads(a.qkv, d, d.Hq, d.Hkv, packed),
+  return {a.q.defined ? heads(a.q, d, 0, d.Hq, packed) : heads(a.qkv, d, 0, d.Hq, packed),
+          a.k.defined ? heads(a.k, d, 0, d.Hkv, packed) : heads(a.qkv, d, d.Hq, d.Hkv, packed),
           heads(a.qkv, d, d.Hq + d.Hkv, d.Hkv, packed),
           heads(a.attended, d, 0, d.Hq, packed),
           lse_view(a.lse, d, packed),
@@ -148,6 +156,7 @@ void require_block(const BlockSettings& s, const BlockWeights& w, const BlockInp
   require(w.qkv.defined && w.out.defined && w.up.defined && w.down.defined, "a block needs qkv, out, up and down weights");
   require(w.qkv.ndim == 2 && w.up.ndim == 2, "weights must be matrices");
   require_shape(w.qkv, "qkv weight", {(s.heads + 2 * s.kv_heads) * s.head_dim, in.x.shape[2]});
+  require(w.q_norm.defined == w.k_norm.defined, "q_norm goes with k_norm");
   if (in.stream.defined) {
     require_shape(in.stream, "stream", {in.x.shape[0], in.x.shape[1], in.x.shape[2]});
     require_contiguous(in.stream, "stream");
@@ -160,6 +169,33 @@ void require_block(const BlockSettings& s, const BlockWeights& w, const BlockInp
     require_dtype(*cache, "cache", d.dtype);
     require(cache->stride[3] == 1 && in.cached >= 0 && in.cached + d.T <= cache->shape[2], "cache: no room");
   }
+}
+
+void rotate(const TensorView& heads, const BlockInputs& in, bool back) {
+  if (in.cos.defined) rotary({heads, heads, in.cos, in.sin, back});
+}
+
+// Heads [first, first + count) of qkv, each through an RMSNorm, side by side.
+void norm_heads(const TensorView& qkv, int64_t first, int64_t count, const TensorView& weight, const TensorView& normed,
+                const TensorView& rstd, const BlockSettings& s, const Dims& d) {
+  norm_forward({heads(qkv, d, first, count, true), {}, weight, {}, heads(normed, d, 0, count, true), {}, {}, rstd, s.eps_qk,
+                false});
+}
+
+// From the gradient for those normed heads to that for heads [first, first + count) of qkv, by way of `scratch`, which is no
+// smaller than the former.
+void norm_heads_backward(const TensorView& grad_normed, const TensorView& qkv, int64_t first, int64_t count,
+                         const TensorView& weight, const TensorView& rstd, TensorView scratch,
+                         const TensorView& grad_qkv, const TensorView& grad_weight, const BlockSettings& s, const Dims& d) {
+  scratch.shape[1] = scratch.stride[0] = count * d.D;
+  norm_backward({heads(grad_normed, d, 0, count, true), {}, heads(qkv, d, first, count, true), weight, {}, rstd,
+                 heads(scratch, d, 0, count, true), {}, grad_weight, {}, s.eps_qk, false});
+  const int64_t bytes = count * d.D * size_of(d.dtype), to = d.qkv_width() * size_of(d.dtype);
+  const int64_t offset = first * d.D * size_of(d.dtype);
+  parallel_for(d.M, 1 + (int64_t{1} << 18) / bytes, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m)
+      std::memcpy(grad_qkv.as<char>() + m * to + offset, scratch.as<char>() + m * bytes, bytes);
+  });
 }
 
 void require_like(const TensorView& t, const char* name, const BlockInputs& in, DType dtype) {
@@ -200,9 +236,13 @@ void block_forward(const BlockParams& p) {
   norm_forward({x, as_matrix(p.inputs.stream), w.norm1, w.norm1_bias, a.normed1, a.sum1, a.mean1, a.rstd1, s.eps1,
                 s.centred});
   linear_forward({a.normed1, w.qkv, w.qkv_bias, a.qkv});
-  if (p.inputs.cos.defined) {
-    const TensorView turning = heads(a.qkv, d, 0, d.Hq + d.Hkv);
-    rotary({turning, turning, p.inputs.cos, p.inputs.sin, false});
+  if (w.q_norm.defined) {
+    norm_heads(a.qkv, 0, d.Hq, w.q_norm, a.q, a.rstd_q, s, d);
+    norm_heads(a.qkv, d.Hq, d.Hkv, w.k_norm, a.k, a.rstd_k, s, d);
+    rotate(heads(a.q, d, 0, d.Hq), p.inputs, false);
+    rotate(heads(a.k, d, 0, d.Hkv), p.inputs, false);
+  } else {
+    rotate(heads(a.qkv, d, 0, d.Hq + d.Hkv), p.inputs, false);
   }
   AttentionArguments attention = attention_arguments(s, p.inputs, a, d);
   if (p.inputs.cache_k.defined) {
@@ -233,13 +273,18 @@ void block_backward(const BlockBackwardParams& p) {
   const bool narrow = d.dtype != d.stream_dtype;
   const auto take_scratch = [&](Arena& from) {
     struct {
-      TensorView grad_sum2, grad_normed, grad_projected, grad_attended, grad_qkv;
+      TensorView grad_sum2, grad_normed, grad_projected, grad_attended, grad_qkv, grad_q, grad_k, grad_heads;
     } t;
     t.grad_sum2 = from.take(d.stream_dtype, d.M, d.C);
     t.grad_normed = from.take(d.dtype, d.M, d.C);
     t.grad_projected = narrow ? from.take(d.dtype, d.M, d.C) : t.grad_sum2;
     t.grad_attended = from.take(d.dtype, d.M, d.Hq * d.D);
     t.grad_qkv = from.take(d.dtype, d.M, d.qkv_width());
+    if (w.q_norm.defined) {
+      t.grad_q = from.take(d.dtype, d.M, d.Hq * d.D);
+      t.grad_k = from.take(d.dtype, d.M, d.Hkv * d.D);
+      t.grad_heads = from.take(d.dtype, d.M, d.Hq * d.D);
+    }
     return t;
   };
   Arena sizes(nullptr);
@@ -254,12 +299,19 @@ void block_backward(const BlockBackwardParams& p) {
   linear_backward({t.grad_projected, a.attended, w.out, t.grad_attended, g.out, g.out_bias});
 
   const bool packed = p.inputs.cu_seqlens.defined;
+  const TensorView& grad_q = w.q_norm.defined ? t.grad_q : t.grad_qkv;
+  const TensorView& grad_k = w.q_norm.defined ? t.grad_k : t.grad_qkv;
   attention_backward(attention_arguments(s, p.inputs, a, d),
-                     {heads(t.grad_attended, d, 0, d.Hq, packed), heads(t.grad_qkv, d, 0, d.Hq, packed),
-                      heads(t.grad_qkv, d, d.Hq, d.Hkv, packed), heads(t.grad_qkv, d, d.Hq + d.Hkv, d.Hkv, packed)});
-  if (p.inputs.cos.defined) {
-    const TensorView turning = heads(t.grad_qkv, d, 0, d.Hq + d.Hkv);
-    rotary({turning, turning, p.inputs.cos, p.inputs.sin, true});
+                     {heads(t.grad_attended, d, 0, d.Hq, packed), heads(grad_q, d, 0, d.Hq, packed),
+                      heads(grad_k, d, w.q_norm.defined ? 0 : d.Hq, d.Hkv, packed),
+                      heads(t.grad_qkv, d, d.Hq + d.Hkv, d.Hkv, packed)});
+  if (w.q_norm.defined) {
+    rotate(heads(t.grad_q, d, 0, d.Hq), p.inputs, true);
+    rotate(heads(t.grad_k, d, 0, d.Hkv), p.inputs, true);
+    norm_heads_backward(t.grad_q, a.qkv, 0, d.Hq, w.q_norm, a.rstd_q, t.grad_heads, t.grad_qkv, g.q_norm, s, d);
+    norm_heads_backward(t.grad_k, a.qkv, d.Hq, d.Hkv, w.k_norm, a.rstd_k, t.grad_heads, t.grad_qkv, g.k_norm, s, d);
+  } else {
+    rotate(heads(t.grad_qkv, d, 0, d.Hq + d.Hkv), p.inputs, true);
   }
   linear_backward({t.grad_qkv, a.normed1, w.qkv, t.grad_normed, g.qkv, g.qkv_bias});
   norm_backward({t.grad_normed, t.grad_sum2, a.sum1.defined ? a.sum1 : as_matrix(p.inputs.x), w.norm1, a.mean1, a.rstd1,

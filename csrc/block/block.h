@@ -1,5 +1,5 @@
 // block: one pre-norm transformer block, forward and backward, as a sequence of the other ops' dispatch tables.
-//   sum1 = stream + x;  qkv = norm1(sum1) Wqkv^T;  qkv = rotate(qkv);  attended = attention(qkv)
+//   sum1 = stream + x;  qkv = norm1(sum1) Wqkv^T;  q, k = rotate(norm_q(q), norm_k(k));  attended = attention(q, k, v)
 //   sum2 = sum1 + attended Wout^T;  out = ffn(norm2(sum2))
 // It has no arithmetic of its own: what it saves is the cost of making these calls from Python, which is a fifth of a
 // small model's training step and most of a decoding step. Intermediates that the backward pass reads lie in one buffer,
@@ -16,13 +16,15 @@ struct BlockSettings {
   int64_t heads, kv_heads, head_dim;
   int64_t left;  // keys before its own position that a query sees; kUnbounded: all
   bool centred;  // LayerNorm, else RMSNorm
-  float eps1, eps2, scale;
+  float eps1, eps2, eps_qk, scale;
   Activation activation;
 };
 
 // In the order in which data meets them; undefined where the block has none. The gradients have the same form.
 struct BlockWeights {
-  TensorView norm1, norm1_bias, qkv, qkv_bias, out, out_bias, norm2, norm2_bias, up, up_bias, gate, down, down_bias;
+  TensorView norm1, norm1_bias, qkv, qkv_bias;
+  TensorView q_norm, k_norm;  // [D], both or neither: RMSNorm of each head
+  TensorView out, out_bias, norm2, norm2_bias, up, up_bias, gate, down, down_bias;
 };
 constexpr int kBlockWeights = sizeof(BlockWeights) / sizeof(TensorView);
 

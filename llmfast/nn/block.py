@@ -37,6 +37,8 @@ class Weights(NamedTuple):
     norm1_bias: Tensor | None
     qkv: Tensor
     qkv_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
     out: Tensor
     out_bias: Tensor | None
     norm2: Tensor
@@ -113,8 +115,10 @@ def _weights(block: nn.Module) -> Weights | None:
         return None
     if type(attention) is not SelfAttention or type(ffn) is not FFN:
         return None
-    if attention._modules.get("q_norm") is not None or attention._modules.get("k_norm") is not None:
-        return None  # the native block has no norms there
+    q_norm, k_norm = attention._modules.get("q_norm"), attention._modules.get("k_norm")
+    if q_norm is not None or k_norm is not None:
+        if type(q_norm) is not AddRMSNorm or type(k_norm) is not AddRMSNorm or q_norm.eps != k_norm.eps:
+            return None
     qkv, out, up, down, gate = linears = (
         attention._modules["qkv"],
         attention._modules["out"],
@@ -125,12 +129,15 @@ def _weights(block: nn.Module) -> Weights | None:
     for linear in linears:
         if linear is not None and type(linear) is not Linear:
             return None
-    for m in (norm1, attention, norm2, ffn, *linears):
+    for m in (norm1, attention, q_norm, k_norm, norm2, ffn, *linears):
         if m is not None and (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks):
             return None
     n1, n2, q, o, u, d = (m._parameters for m in (norm1, norm2, qkv, out, up, down))
     return Weights(
-        n1["weight"], n1.get("bias"), q["weight"], q["bias"], o["weight"], o["bias"],
+        n1["weight"], n1.get("bias"), q["weight"], q["bias"],
+        None if q_norm is None else q_norm._parameters["weight"],
+        None if k_norm is None else k_norm._parameters["weight"],
+        o["weight"], o["bias"],
         n2["weight"], n2.get("bias"), u["weight"], u["bias"], None if gate is None else gate._parameters["weight"],
         d["weight"], d["bias"],
     )  # fmt: skip
@@ -148,6 +155,7 @@ def _settings(block: nn.Module):
         type(norm1) is AddLayerNorm,
         norm1.eps,
         norm2.eps,
+        0.0 if attention._modules.get("q_norm") is None else attention._modules["q_norm"].eps,
         attention.head_dim**-0.5,
         ACTIVATIONS.index(modules["ffn"].activation),
     )
