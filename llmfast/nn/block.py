@@ -116,9 +116,9 @@ def _weights(block: nn.Module) -> Weights | None:
     if type(attention) is not SelfAttention or type(ffn) is not FFN:
         return None
     q_norm, k_norm = attention._modules.get("q_norm"), attention._modules.get("k_norm")
-    if q_norm is not None or k_norm is not None:
-        if type(q_norm) is not AddRMSNorm or type(k_norm) is not AddRMSNorm or q_norm.eps != k_norm.eps:
-            return None
+    normed = q_norm is not None or k_norm is not None
+    if normed and not (type(q_norm) is type(k_norm) is AddRMSNorm and q_norm.eps == k_norm.eps):
+        return None
     qkv, out, up, down, gate = linears = (
         attention._modules["qkv"],
         attention._modules["out"],
