@@ -510,8 +510,8 @@ def swapped(weight, heads):
     return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path, model, kind="F32", **fields):
-    """What llama.cpp's converter makes of a transformers model."""
+def write_gguf(path, model, kind="F32", more=(), **fields):
+    """What llama.cpp's converter makes of a transformers model; `more`: names of vectors to add."""
     config = model.config
     architecture = {"mistral": "llama"}.get(config.model_type, config.model_type)
     writer = gguf.GGUFWriter(path, architecture)
@@ -558,6 +558,8 @@ def write_gguf(path, model, kind="F32", **fields):
         plain = rotary_frequencies(GPTConfig(heads=6, width=48, position="rotary", rotary_theta=5e5))
         scaled = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0]
         writer.add_tensor("rope_freqs.weight", (plain / scaled).numpy())
+    for name in more:
+        writer.add_tensor(name, torch.ones(4).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -566,13 +568,17 @@ def write_gguf(path, model, kind="F32", **fields):
 
 
 @needs_gguf
-@pytest.mark.parametrize("family", ["gpt2", "llama", "llama tied", "llama3 rotary", "qwen2", "qwen3"], indirect=True)
+@pytest.mark.parametrize(
+    "family", ["gpt2", "llama", "llama tied", "llama3 rotary", "qwen2", "qwen3", "phi3", "phi3 window"], indirect=True
+)
 def test_gguf_holds_the_same_model(family, tmp_path):
     theirs, folder = family
     extra = {}
     if "llama3" in str(theirs.config):
         number = gguf.GGUFValueType.UINT32
         extra["llama__rope__scaling__original_context_length"] = (16, number)
+    if getattr(theirs.config, "sliding_window", None) and theirs.config.model_type == "phi3":
+        extra["phi3__attention__sliding_window"] = (theirs.config.sliding_window, gguf.GGUFValueType.UINT32)
     path = write_gguf(tmp_path / "model.gguf", theirs, **extra)
     ours, from_folder = GPT.from_pretrained(path), GPT.from_pretrained(folder)
     assert ours.config == from_folder.config.replace(ffn_width=ours.config.F, head_dim=ours.config.head_dim)
@@ -611,12 +617,18 @@ def test_gguf_that_does_not_fit(tmp_path):
         path = write_gguf(tmp_path / "odd.gguf", theirs, **{field: value})
         with pytest.raises(ValueError, match=message):
             GPT.from_pretrained(path)
+    phi3 = AutoModelForCausalLM.from_config(FAMILIES["phi3"])
+    path = write_gguf(tmp_path / "odd.gguf", phi3, more=("rope_factors_long.weight", "rope_factors_short.weight"))
+    with pytest.raises(
+        ValueError, match=r"rope_factors_long.weight: got factors of rope type longrope, expected default"
+    ):
+        GPT.from_pretrained(path)
     writer = gguf.GGUFWriter(tmp_path / "bert.gguf", "bert")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
     with pytest.raises(
-        ValueError, match=r"general.architecture: got 'bert', expected one of gpt2, llama, qwen2, qwen3"
+        ValueError, match=r"general.architecture: got 'bert', expected one of gpt2, llama, qwen2, qwen3, phi3"
     ):
         GPT.from_pretrained(tmp_path / "bert.gguf")
     with pytest.raises(ValueError, match=r"holds 2 .gguf files, expected one; name it"):

@@ -12,12 +12,13 @@ from torch import Tensor
 from llmfast.data.gguf_file import GGUFFile
 from llmfast.models.config import GPTConfig, RotaryScaling
 from llmfast.models.rotary import rotary_frequencies
-from llmfast.models.tensor_names import GGUF, Part, parts
+from llmfast.models.tensor_names import GGUF, GGUF_PHI3, Part, parts
 
 __all__ = ["GGUFModel"]
 
-ARCHITECTURES = ("gpt2", "llama", "qwen2", "qwen3")
+ARCHITECTURES = ("gpt2", "llama", "qwen2", "qwen3", "phi3")
 ROTARY_FACTORS = "rope_freqs.weight"  # what each frequency is divided by: Llama 3.1's scaling
+LONG_FACTORS = "rope_factors_long.weight"  # the same for Phi-3 beyond its first context
 LLAMA3_CONTEXT = 8192
 PLAIN_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -54,7 +55,8 @@ class GGUFModel:
 
     def parts(self) -> dict[str, list[Part]]:
         """llama.cpp's converter leaves rotary pairs as neighbours for Llama alone."""
-        return parts(self.config, GGUF, interleaved=self._file.fields["general.architecture"] == "llama")
+        architecture = self._file.fields["general.architecture"]
+        return parts(self.config, GGUF_PHI3 if architecture == "phi3" else GGUF, interleaved=architecture == "llama")
 
     def _config(self) -> GPTConfig:
         fields, tensors = self._file.fields, self._file.tensors
@@ -81,6 +83,8 @@ class GGUFModel:
             return GPTConfig(**shape, norm_eps=_shortest(field("attention.layer_norm_epsilon")))
         if fields.get(f"{architecture}.expert_count"):
             raise ValueError(f"{architecture}.expert_count: got {field('expert_count')}, expected none")
+        if LONG_FACTORS in tensors:
+            raise ValueError(f"{LONG_FACTORS}: got factors of rope type longrope, expected default, linear or llama3")
         D = fields.get(f"{architecture}.attention.key_length", C // heads)
         for name in ("attention.value_length", "rope.dimension_count"):
             if fields.get(f"{architecture}.{name}", D) != D:

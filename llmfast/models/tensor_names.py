@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from llmfast.models.config import GPTConfig
 
-__all__ = ["GGUF", "GPT2", "LLAMA", "PHI3", "Part", "parts"]
+__all__ = ["GGUF", "GGUF_PHI3", "GPT2", "LLAMA", "PHI3", "Part", "parts"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,9 @@ GGUF = {
     "gate": "blk.{}.ffn_gate",
     "up": "blk.{}.ffn_up",
     "down": "blk.{}.ffn_down",
+}
+GGUF_PHI3 = {role: name for role, name in GGUF.items() if role not in ("q", "k", "v", "gate", "up")} | {
+    "gate_up": GGUF["up"],
 }
 
 
