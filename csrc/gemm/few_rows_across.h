@@ -1,13 +1,14 @@
 // Products with up to kAcrossRows rows of A, where B's own rows are contiguous (weights stored [in, out], as GPT-2's
 // are): no packing, no transpose. Each thread owns a stretch of columns whose sums stay in its L1 and adds up eight rows
-// of B at a time. Memory-bound: B is read once.
+// of B at a time, and reads the next eight ahead: eight short streams are more than hardware prefetchers follow. Memory-bound:
+// B is read once.
 #pragma once
 #include "core/parallel.h"
 #include "gemm/gather.h"
 
 namespace llmfast::LLMFAST_TARGET {
 
-constexpr int kAcrossRows = 4;
+constexpr int kAcrossRows = 8;
 constexpr int kRowsAtOnce = 8;           // of B
 constexpr int64_t kSumBytes = 16 << 10;  // of a thread's sums: half of L1
 
@@ -19,17 +20,20 @@ struct Constant {
 // sums[m][j] += sum_r x[m][r] * b[r][j] for kR rows of B and one panel of `count` columns; kFirst: = instead of +=.
 template <int kM, int kR, bool kFirst, class T>
 inline void add_rows(const float* x, int64_t ldx, const T* b, int64_t ldb, int64_t count, float* sums) {
+  for (int64_t i = 0; i < count; i += static_cast<int64_t>(64 / sizeof(T)))
+#pragma GCC unroll 8
+    for (int r = 0; r < kR; ++r) __builtin_prefetch(b + (kR + r) * ldb + i, 0, 2);
   for_each_vec(count, [&](int64_t i, auto lanes) {
     Vec acc[kM];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int m = 0; m < kM; ++m) acc[m] = kFirst ? Vec::zero() : Vec::load(sums + m * Kernel::kCols + i);
 #pragma GCC unroll 8
     for (int r = 0; r < kR; ++r) {
       const Vec weights = lanes.load(b + r * ldb + i);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int m = 0; m < kM; ++m) acc[m] = fma(Vec::set(x[m * ldx + r]), weights, acc[m]);
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int m = 0; m < kM; ++m) acc[m].store(sums + m * Kernel::kCols + i);
   });
 }
@@ -72,6 +76,10 @@ void few_rows_across(const float* x, MatrixRef b, GemmSize size, EpilogueRef epi
     case 2: return few_rows_across<2>(x, data, b.row_stride, size, epilogue);
     case 3: return few_rows_across<3>(x, data, b.row_stride, size, epilogue);
     case 4: return few_rows_across<4>(x, data, b.row_stride, size, epilogue);
+    case 5: return few_rows_across<5>(x, data, b.row_stride, size, epilogue);
+    case 6: return few_rows_across<6>(x, data, b.row_stride, size, epilogue);
+    case 7: return few_rows_across<7>(x, data, b.row_stride, size, epilogue);
+    case 8: return few_rows_across<8>(x, data, b.row_stride, size, epilogue);
   }
 }
 
