@@ -96,7 +96,7 @@ class BeforeAGuard:
         return tensor.copy_(torch.randn(rows, cols))
 
 
-@pytest.mark.parametrize("M", [1, 4, 5, 6, 7, 8, 9, 16, 33, 64, 65])
+@pytest.mark.parametrize("M", [1, 4, 5, 16, 33, 64, 65])
 def test_nothing_is_read_beyond_the_end(isa, M):
     weights, rows = BeforeAGuard(1 << 18), BeforeAGuard(1 << 18)
     for N, K in [(1, 1), (31, 33), (32, 31), (33, 32), (48, 65), (64, 1000), (65, 513)]:

@@ -13,11 +13,11 @@ from llmfast import backend
 DTYPES = [torch.bfloat16, torch.float32]
 # (M, N, K): below, at and above tiles of 32 x 32 and depth 32; several sub-panels in L1 (K > 512); depth split into
 # blocks (K > 2208 for bf16); several blocks of rows (M x K beyond L2); few rows, which skip packing; few rows of great
-# depth, for which B is packed in parts; rows 4 KiB apart, which are packed where others are not
+# depth, for which B is packed in parts; rows 4 KiB apart, which are packed where others are not; up to 8 rows across
 SHAPES = [
     (1, 40, 70), (4, 33, 513), (5, 3, 2), (31, 32, 32), (32, 31, 33), (33, 65, 63), (64, 64, 64), (70, 40, 1025),
     (37, 45, 2300), (300, 34, 2240), (1030, 70, 64), (1100, 40, 600), (50, 75, 9001), (100, 40, 7000),
-    (40, 35, 1017),
+    (40, 35, 1017), (6, 70, 33), (7, 33, 40), (8, 100, 301),
 ]  # fmt: skip
 LAYOUTS = ["rows", "columns", "strided"]
 
