@@ -404,18 +404,18 @@ def test_training_step_against_transformers():
 
 def test_what_fits_into_memory(monkeypatch):
     monkeypatch.setattr(steps, "available", lambda: 19)
-    assert steps.fits([4, 8], [2, 1])  # 10 for one more, 7 while one takes a step
+    assert steps._fits([4, 8], [2, 1])  # 10 for one more, 7 while one takes a step
     monkeypatch.setattr(steps, "available", lambda: 17)
-    assert not steps.fits([4, 8], [2, 1])
+    assert not steps._fits([4, 8], [2, 1])
     monkeypatch.setattr(steps, "available", lambda: None)
-    assert steps.fits([4, 8], [2, 1])
+    assert steps._fits([4, 8], [2, 1])
 
 
 def test_providers_that_memory_does_not_hold_at_once_come_later(monkeypatch):
     """One peer fits beside llmfast: two groups, and llmfast's samples of both count."""
     pytest.importorskip("transformers")
     asked = []
-    monkeypatch.setattr(steps, "fits", lambda peaks, idle: asked.append((peaks, idle)) or False)
+    monkeypatch.setattr(steps, "_fits", lambda peaks, idle: asked.append((peaks, idle)) or False)
     case = steps.StepCase("gpt-nano", "float32", B=2, T=16, malloc=True)
     row = steps.measure_step(case, None, Budget(seconds=0.1, rounds=(2, 2)), threads=1, timeout=300)
     found = {name: p for name, p in row["providers"].items() if p["status"] != "not run"}

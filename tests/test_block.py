@@ -18,16 +18,6 @@ FAMILIES = {
         "bias": False,
         "kv_heads": 2,
     },
-    "qwen3": {
-        "norm": "rms_norm",
-        "position": "rotary",
-        "activation": "silu",
-        "gated": True,
-        "bias": False,
-        "kv_heads": 2,
-        "head_dim": 20,
-        "qk_norm": True,
-    },
     "no biases, window": {
         "norm": "layer_norm",
         "position": "rotary",
@@ -36,6 +26,7 @@ FAMILIES = {
         "window": 5,
     },
 }
+FAMILIES["qwen3"] = FAMILIES["llama"] | {"head_dim": 20, "qk_norm": True}
 
 
 def make(family: str, dtype=torch.float32, **changes) -> GPT:

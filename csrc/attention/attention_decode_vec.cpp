@@ -141,7 +141,7 @@ class DecodeItem {
     for (int64_t r = 0; r < g_.rows; ++r) {
       const KeyRange seen = g_.keys_of(r);
       all_see_all = all_see_all && seen.begin <= block.begin && seen.end >= block.end;
-      hide(scores_ + r * kBlock, r, block);
+      hide(scores_ + r * kBlock, r, block, seen);
       keep[r] = soften(scores_ + r * kBlock, block.count(), r);
     }
     KeyList everyone, someone;
@@ -170,7 +170,7 @@ class DecodeItem {
   }
 
   // Softcap, mask and band for one row of scores; hidden ones become -inf.
-  void hide(float* scores, int64_t row, KeyRange block) {
+  void hide(float* scores, int64_t row, KeyRange block, KeyRange seen) {
     const int64_t count = block.count();
     if (scale_.of_tanh != 0.0f)
       for (int64_t j = 0; j < count; j += Vec::kLanes)
@@ -180,7 +180,6 @@ class DecodeItem {
       load_mask_row(bias, g_, row, block.begin, count);
       for (int64_t j = 0; j < count; ++j) scores[j] = bias[j] == -kInfinity ? -kInfinity : scores[j] + bias[j];
     }
-    const KeyRange seen = g_.keys_of(row);
     for (int64_t j = 0; j < count && block.begin + j < seen.begin; ++j) scores[j] = -kInfinity;
     for (int64_t j = seen.end > block.begin ? seen.end - block.begin : 0; j < count; ++j) scores[j] = -kInfinity;
   }

@@ -6,7 +6,7 @@
 namespace llmfast::LLMFAST_TARGET {
 
 // Into L2: prefetching into L1 takes the few buffers that loads need. 1.1 to 1.4 times as fast (Zen 4, weights from memory) as
-// 1 KiB ahead into L1; 2 KiB ahead is up to a tenth slower.
+// 1 KiB ahead into L1; 2 KiB ahead is up to a sixth slower.
 constexpr int64_t kAhead = 4096;  // bytes
 
 template <class T>

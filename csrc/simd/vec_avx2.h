@@ -107,7 +107,6 @@ inline float reduce_max(Vec a) {
   const __m128 pair = _mm_max_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_max_ss(pair, _mm_movehdup_ps(pair)));
 }
-// Pairs of lanes, then pairs of pairs within 128-bit halves, then the halves.
 inline Vec sum_each(const Vec (&r)[Vec::kLanes]) {
   const auto add_four = [](const Vec* s) {  // sums of the lower halves of four registers, then of their upper ones
     return _mm256_hadd_ps(_mm256_hadd_ps(s[0].v, s[1].v), _mm256_hadd_ps(s[2].v, s[3].v));
@@ -115,6 +114,7 @@ inline Vec sum_each(const Vec (&r)[Vec::kLanes]) {
   const __m256 a = add_four(r), b = add_four(r + 4);
   return {_mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31))};
 }
+// Pairs of lanes, then pairs of pairs within 128-bit halves, then the halves.
 inline void transpose(Vec (&r)[Vec::kLanes]) {
   __m256 t[8], u[8];
   for (int i = 0; i < 4; ++i) {

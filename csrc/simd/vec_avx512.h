@@ -73,7 +73,6 @@ inline Vec round_even(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_N
 inline Vec scale_exp2(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 inline float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
-// Pairs of lanes, pairs of pairs within 128-bit quarters, then the quarters, twice.
 inline Vec sum_each(const Vec (&r)[Vec::kLanes]) {
   __m512 quads[4];
   for (int i = 0; i < 4; ++i) {
@@ -87,6 +86,7 @@ inline Vec sum_each(const Vec (&r)[Vec::kLanes]) {
   };
   return {add_quarters(add_quarters(quads[0], quads[1]), add_quarters(quads[2], quads[3]))};
 }
+// Pairs of lanes, pairs of pairs within 128-bit quarters, then the quarters, twice.
 inline void transpose(Vec (&r)[Vec::kLanes]) {
   __m512 t[16], u[16];
   for (int i = 0; i < 8; ++i) {

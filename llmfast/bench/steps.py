@@ -125,7 +125,7 @@ class StepCase:
         return {"llmfast": spec("llmfast", self.dtype), **peers}
 
 
-def fits(peaks: list[int], idle: list[int]) -> bool:
+def _fits(peaks: list[int], idle: list[int]) -> bool:
     """Whether memory suffices for one more process, somewhat larger than the largest of some whose bytes at most and between
     their steps are given: it may keep all of it, while any of them takes a step. Yes where that is unknown."""
     free = available()
@@ -237,7 +237,7 @@ def _turns(
             _guard(found[name], workers, name, lambda n=name: workers[n].ask(None, STARTING))
         peaks, idle = [], []  # bytes of peers at most, and now
         for name in list(workers):
-            if peaks and not fits(peaks, idle):
+            if peaks and not _fits(peaks, idle):
                 postponed.append(name)
                 workers.pop(name).close()
                 continue

@@ -36,8 +36,13 @@ def markdown(results: Sequence[dict]) -> str:
         cells += [line for family in FAMILIES if (line := _family(family, [r for r in found if not _is_model(r)]))]
         for i, line in enumerate(cells):
             lines.append("| " + " | ".join((machine if i == 0 else "", *line)) + " |")
-    notes = {(machine, row["note"]): None for machine, found in ordered for row in found if row.get("note")}
-    return "\n".join([*lines, *(f"\nNote, {machine}: {note}." for machine, note in notes)])
+    notes = {
+        (machine, note): None
+        for machine, found in ordered
+        for row in found
+        for note in (row.get("note") or "").split("; ")
+    }
+    return "\n".join([*lines, *(f"\nNote, {machine}: {note}." for machine, note in notes if note)])
 
 
 def _machine(row: dict) -> str:
