@@ -20,7 +20,18 @@ from llmfast.bench.harness import Case, Contest, Provider, Tensors
 from llmfast.bench.peers import Function, compiled, peers_of
 from llmfast.models import GPT, PRESETS
 
-__all__ = ["OPS", "Options", "cases"]
+__all__ = [
+    "OPS",
+    "Options",
+    "Work",
+    "attention",
+    "case_of",
+    "cases",
+    "cross_entropy",
+    "ffn",
+    "linear",
+    "norm",
+]
 
 Size = Literal["full", "quick", "smoke"]
 
@@ -41,7 +52,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class _Work:
+class Work:
     """One op at one size: all that differs between cases."""
 
     op: str
@@ -54,7 +65,7 @@ class _Work:
     natives: tuple[str, ...]  # its dispatch tables
 
 
-def _contest(work: _Work, dtype: torch.dtype, options: Options) -> Contest:
+def _contest(work: Work, dtype: torch.dtype, options: Options) -> Contest:
     inputs = {
         name: value if isinstance(value, torch.Tensor) else _random(value, dtype, seed)
         for seed, (name, value) in enumerate(work.inputs.items())
@@ -81,7 +92,7 @@ def _contest(work: _Work, dtype: torch.dtype, options: Options) -> Contest:
     return Contest(Function(oracle, exact_inputs, work.direction), baseline, providers)
 
 
-def _function_case(work: _Work, dtype: torch.dtype, options: Options) -> Case:
+def case_of(work: Work, dtype: torch.dtype, options: Options) -> Case:
     return Case(
         op=work.op,
         direction=work.direction,
@@ -120,15 +131,15 @@ def _lower_isas(natives: Iterable[str], dtype: torch.dtype) -> list[str]:
     return sorted(isas, key=backend.ISAS.index, reverse=True)[1:]
 
 
-def _linear(M: int, K: int, N: int, direction: str) -> _Work:
+def linear(M: int, K: int, N: int, direction: str) -> Work:
     both = 2 if direction == "backward" else 1
     inputs = {"x": (M, K), "weight": (N, K), "bias": (N,)}
     values = both * (M * K + N * K) + M * N
     natives = ("linear_backward",) if direction == "backward" else ("linear",)
-    return _Work("linear", direction, {"M": M, "K": K, "N": N}, inputs, {}, both * 2 * M * N * K, values, natives)
+    return Work("linear", direction, {"M": M, "K": K, "N": N}, inputs, {}, both * 2 * M * N * K, values, natives)
 
 
-def _ffn(M: int, C: int, width: int, activation: str, gated: bool, direction: str) -> _Work:
+def ffn(M: int, C: int, width: int, activation: str, gated: bool, direction: str) -> Work:
     inputs: dict = {"x": (M, C), "up_weight": (width, C), "down_weight": (C, width)}
     if gated:
         inputs["gate_weight"] = (width, C)
@@ -140,23 +151,23 @@ def _ffn(M: int, C: int, width: int, activation: str, gated: bool, direction: st
     times = 3 if direction == "forward+backward" else 1
     dims = {"M": M, "C": C, "F": width}
     values = 2 * M * C + matrices * C * width * (2 if times == 3 else 1)
-    return _Work("ffn", direction, dims, inputs, call, times * 2 * matrices * M * C * width, values, ("ffn",))
+    return Work("ffn", direction, dims, inputs, call, times * 2 * matrices * M * C * width, values, ("ffn",))
 
 
-def _norm(op: str, M: int, C: int, direction: str) -> _Work:
+def norm(op: str, M: int, C: int, direction: str) -> Work:
     inputs: dict = {"x": (M, C), "residual": (M, C), "weight": (C,)}
     if op == "add_layer_norm":
         inputs["bias"] = (C,)
     natives = (op,) if direction == "forward" else (f"{op}_backward",)
     # forward: x, residual in; normed, summed out. backward: their gradients and summed in, one gradient out
-    return _Work(op, direction, {"M": M, "C": C}, inputs, {}, 0, 4 * M * C, natives)
+    return Work(op, direction, {"M": M, "C": C}, inputs, {}, 0, 4 * M * C, natives)
 
 
 PRODUCTS = {"forward": 2, "backward": 5, "forward+backward": 7}  # backward: S again, dP, dQ, dK, dV
 PASSES = {"forward": 1, "backward": 2, "forward+backward": 3}  # over q, k, v, out or their gradients
 
 
-def _attention(B: int, Hq: int, Hkv: int, Tq: int, Tk: int, D: int, direction: str, **call) -> _Work:
+def attention(B: int, Hq: int, Hkv: int, Tq: int, Tk: int, D: int, direction: str, **call) -> Work:
     inputs = {"q": (B, Hq, Tq, D), "k": (B, Hkv, Tk, D), "v": (B, Hkv, Tk, D)}
     visible = reference.visible(Tq, Tk, causal=call.get("causal", False), window=call.get("window"))[None, None]
     if "mask" in call:
@@ -164,17 +175,17 @@ def _attention(B: int, Hq: int, Hkv: int, Tq: int, Tk: int, D: int, direction: s
     flops = PRODUCTS[direction] * 2 * B * Hq * D * visible.expand(B, 1, Tq, Tk).sum().item()
     values = PASSES[direction] * (2 * B * Hq * Tq * D + 2 * B * Hkv * Tk * D)
     dims = {"B": B, "Hq": Hq, "Hkv": Hkv, "Tq": Tq, "Tk": Tk, "D": D}
-    return _Work("attention", direction, dims, inputs, call, flops, values, _attention_natives(direction))
+    return Work("attention", direction, dims, inputs, call, flops, values, _attention_natives(direction))
 
 
-def _padded(B: int, H: int, T: int, D: int, direction: str) -> _Work:
+def padded(B: int, H: int, T: int, D: int, direction: str) -> Work:
     """Sequences of T, 3/4 T, 1/2 T, ... tokens in a batch padded to T, as a tokenizer's attention_mask has it."""
     lengths = torch.tensor([max(1, T - i * T // 4) for i in range(B)])
     mask = (torch.arange(T) < lengths[:, None])[:, None, None, :]
-    return _attention(B, H, H, T, T, D, direction, mask=mask)
+    return attention(B, H, H, T, T, D, direction, mask=mask)
 
 
-def _packed(documents: int, length: int, Hq: int, Hkv: int, D: int, direction: str) -> _Work:
+def packed(documents: int, length: int, Hq: int, Hkv: int, D: int, direction: str) -> Work:
     """Documents one after another in one stream, without padding; each sees only itself."""
     T = documents * length
     bounds = torch.arange(0, T + 1, length, dtype=torch.int32)
@@ -183,7 +194,7 @@ def _packed(documents: int, length: int, Hq: int, Hkv: int, D: int, direction: s
     values = PASSES[direction] * 2 * T * (Hq + Hkv) * D
     dims = {"documents": documents, "T": T, "Hq": Hq, "Hkv": Hkv, "D": D}
     natives = _attention_natives(direction)
-    return _Work("varlen_attention", direction, dims, inputs, {"causal": True}, flops, values, natives)
+    return Work("varlen_attention", direction, dims, inputs, {"causal": True}, flops, values, natives)
 
 
 def _attention_natives(direction: str) -> tuple[str, ...]:
@@ -191,58 +202,58 @@ def _attention_natives(direction: str) -> tuple[str, ...]:
     return both.get(direction, ("attention", "attention_backward"))
 
 
-def _cross_entropy(M: int, C: int, V: int) -> _Work:
+def cross_entropy(M: int, C: int, V: int) -> Work:
     target = torch.randint(V, (M,), generator=torch.Generator().manual_seed(0))
     inputs = {"x": (M, C), "weight": (V, C), "target": target}
     values = 2 * (M * C + V * C)
     natives = ("linear_cross_entropy_joint",)
     dims = {"M": M, "C": C, "V": V}
-    return _Work("linear_cross_entropy", "forward+backward", dims, inputs, {}, 6 * M * C * V, values, natives)
+    return Work("linear_cross_entropy", "forward+backward", dims, inputs, {}, 6 * M * C * V, values, natives)
 
 
-def _work(op: str, size: Size) -> list[_Work]:
+def _work(op: str, size: Size) -> list[Work]:
     """The sizes of one op."""
     few = {"full": 512, "quick": 128, "smoke": 7}[size]
     if op == "linear":
         if size == "smoke":
-            return [_linear(7, 33, 19, "forward"), _linear(7, 33, 19, "backward")]
-        work = [_linear(16, 768, 3072, "forward"), _linear(2 * few, 768, 3072, "forward")]
+            return [linear(7, 33, 19, "forward"), linear(7, 33, 19, "backward")]
+        work = [linear(16, 768, 3072, "forward"), linear(2 * few, 768, 3072, "forward")]
         if size == "full":
-            work.append(_linear(2 * few, 3072, 768, "forward"))
-            work += [_linear(M, 768, 3072, "forward") for M in (1, 64)]
-            work += [_linear(M, 768, 50257, "forward") for M in (1, 16, 64)]
-        return [*work, _linear(few, 768, 3072, "backward")]
+            work.append(linear(2 * few, 3072, 768, "forward"))
+            work += [linear(M, 768, 3072, "forward") for M in (1, 64)]
+            work += [linear(M, 768, 50257, "forward") for M in (1, 16, 64)]
+        return [*work, linear(few, 768, 3072, "backward")]
     if op == "ffn":
         C, width = (33, 70) if size == "smoke" else (768, 3072)
-        work = [_ffn(few, C, width, "gelu_tanh", False, d) for d in ("forward", "forward+backward")]
+        work = [ffn(few, C, width, "gelu_tanh", False, d) for d in ("forward", "forward+backward")]
         if size != "quick":
             C, width = (33, 70) if size == "smoke" else (576, 1536)
-            work.append(_ffn(few, C, width, "silu", True, "forward+backward"))
+            work.append(ffn(few, C, width, "silu", True, "forward+backward"))
         return work
     if op in ("add_layer_norm", "add_rms_norm"):
         shapes = [(5, 33)] if size == "smoke" else [(4096, 768)]
         if size == "full":
             shapes.append((65536, 768))  # far beyond the caches
-        return [_norm(op, *shape, direction) for shape in shapes for direction in ("forward", "backward")]
+        return [norm(op, *shape, direction) for shape in shapes for direction in ("forward", "backward")]
     if op == "attention":
         if size == "smoke":
-            work = [_attention(2, 4, 2, 9, 9, 20, d, causal=True) for d in ("forward", "backward")]
-            return [*work, _padded(3, 2, 9, 20, "forward+backward")]
+            work = [attention(2, 4, 2, 9, 9, 20, d, causal=True) for d in ("forward", "backward")]
+            return [*work, padded(3, 2, 9, 20, "forward+backward")]
         B = 2 if size == "full" else 1
-        work = [_attention(B, 12, 12, 1024, 1024, 64, d, causal=True) for d in ("forward", "backward")]
+        work = [attention(B, 12, 12, 1024, 1024, 64, d, causal=True) for d in ("forward", "backward")]
         if size == "full":
-            work += [_attention(1, 9, 3, 2048, 2048, 64, d, causal=True, window=256) for d in ("forward", "backward")]
-            work += [_attention(1, 12, 12, 1024, 1024, 128, d, causal=True) for d in ("forward", "backward")]
-            work.append(_attention(8, 12, 12, 1, 1024, 64, "forward", causal=True))
-            work.append(_padded(4, 12, 1024, 64, "forward+backward"))
-            work.append(_attention(1, 12, 3, 2048, 2048, 64, "forward+backward", causal=True))
+            work += [attention(1, 9, 3, 2048, 2048, 64, d, causal=True, window=256) for d in ("forward", "backward")]
+            work += [attention(1, 12, 12, 1024, 1024, 128, d, causal=True) for d in ("forward", "backward")]
+            work.append(attention(8, 12, 12, 1, 1024, 64, "forward", causal=True))
+            work.append(padded(4, 12, 1024, 64, "forward+backward"))
+            work.append(attention(1, 12, 3, 2048, 2048, 64, "forward+backward", causal=True))
         return work
     if op == "varlen_attention":
         if size == "smoke":
-            return [_packed(3, 7, 4, 2, 20, "forward+backward")]
-        return [_packed(*((8, 512) if size == "full" else (4, 128)), 12, 12, 64, "forward+backward")]
+            return [packed(3, 7, 4, 2, 20, "forward+backward")]
+        return [packed(*((8, 512) if size == "full" else (4, 128)), 12, 12, 64, "forward+backward")]
     if op == "linear_cross_entropy":
-        return [_cross_entropy(*{"full": (128, 768, 50257), "quick": (128, 256, 8192), "smoke": (7, 33, 101)}[size])]
+        return [cross_entropy(*{"full": (128, 768, 50257), "quick": (128, 256, 8192), "smoke": (7, 33, 101)}[size])]
     raise ValueError(f"op: got {op!r}, expected one of {', '.join(OPS)}")
 
 
@@ -322,7 +333,7 @@ def cases(
     for dtype in dtypes:
         for op in wanted:
             if op != "AdamW":
-                found += [_function_case(work, dtype, options) for work in _work(op, options.size)]
+                found += [case_of(work, dtype, options) for work in _work(op, options.size)]
             elif dtype == torch.float32:  # torch keeps no float32 copy of narrow parameters: nothing to compare with
                 found.append(_adamw_case(dtype, options))
     return found
