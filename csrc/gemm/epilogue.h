@@ -54,17 +54,18 @@ struct StoreEpilogue {
   }
 };
 
-// C itself, where an epilogue does no more than store float32; nullptr elsewhere.
+// C itself, where an epilogue does no more than store float32, and what it adds to each row, if anything; else nullptr.
 struct PlainOutput {
   float* c = nullptr;
   int64_t ldc = 0;
+  const float* bias = nullptr;
 };
 template <class Epilogue>
 PlainOutput plain_output(const Epilogue&) {
   return {};
 }
 inline PlainOutput plain_output(const StoreEpilogue<float>& epilogue) {
-  return epilogue.bias ? PlainOutput{} : PlainOutput{epilogue.c, epilogue.ldc};
+  return {epilogue.c, epilogue.ldc, epilogue.bias};
 }
 
 // C = acc + addend, rounded to T: the second of two products with one sum.

@@ -198,17 +198,19 @@ void multiply_rectangle(MatrixRef a, const RightPanels& right, int64_t K, Range 
           for (int64_t i = 0; i < m_panels; ++i) {
             float* tile = column_tiles + i * kTile;
             const int64_t valid_rows = m_count - i * R < R ? m_count - i * R : R;
-            const bool whole = valid_rows == R && n_count == N;
-            const bool into_c = plain.c && last && whole;
-            float* out = into_c ? plain.c + (m0 + i * R) * plain.ldc + n : last ? scratch[flip] : tile;
+            const bool plain_tile = plain.c && valid_rows == R && n_count == N;
+            const bool into_c = plain_tile && last;
+            TileSums sums = {tile, N, last ? scratch[flip] : tile, N};
+            if (first) sums.from = nullptr;
+            if (first && plain_tile && plain.bias) sums.from = plain.bias + n, sums.from_stride = 0;
+            if (into_c) sums.to = plain.c + (m0 + i * R) * plain.ldc + n, sums.to_stride = plain.ldc;
             Kernel::LeftPanel left = {packed_a + p * m_panels * R + i * R * sub, nullptr, 0};
             if (unpacked && valid_rows == R) left = {nullptr, unpacked + (m0 + i * R) * a.row_stride + k0 + p, a.row_stride};
             const int64_t lines_left = pending.ahead.left() - lines_a_tile;
-            Kernel::multiply(left, valid_rows, b, sub, first ? nullptr : tile, out, into_c ? plain.ldc : N,
-                             next_b + i * next_share, next_share, pending);
+            Kernel::multiply(left, valid_rows, b, sub, sums, next_b + i * next_share, next_share, pending);
             pending.ahead.step(pending.ahead.left() - lines_left);  // what the kernel has not read between its steps
             if (last && !into_c) {
-              pending.take({&epilogue, out, m0 + i * R, n, n_count, valid_rows});
+              pending.take({&epilogue, sums.to, m0 + i * R, n, n_count, valid_rows});
               flip ^= 1;
             }
           }
@@ -239,8 +241,20 @@ void gemm_rectangle(MatrixRef a, const Kernel::Packed* packed_b, int64_t K, Rang
 // How many threads share the rows; the rest of the factor shares the columns.
 static int row_parts(GemmSize size, int threads) {
   for (int parts = threads; parts > 1; --parts)
-    if (threads % parts == 0 && size.M >= parts * kRowsWorthAThread) return parts;
+    if (threads % parts == 0 && size.M >= parts * Kernel::kRowsWorthAThread) return parts;
   return 1;
+}
+
+// The same for few rows, which threads share only where panels of columns are so few that they would wait for each other.
+static int parts_of_few_rows(GemmSize size, int threads) {
+  const auto share = [](int64_t size, int64_t panel, int parts) { return ((size + panel - 1) / panel + parts - 1) / parts; };
+  const auto tiles = [&](int parts) {  // of the thread that has most
+    return share(size.M, Kernel::kRows, parts) * share(size.N, Kernel::kCols, threads / parts);
+  };
+  int best = 1;
+  for (int parts = 2; parts <= threads; ++parts)
+    if (threads % parts == 0 && 5 * tiles(parts) < 4 * tiles(best)) best = parts;
+  return best;
 }
 
 void gemm_packed(MatrixRef a, const Kernel::Packed* packed_b, GemmSize size, EpilogueRef epilogue) {
@@ -260,15 +274,19 @@ void gemm_packed(MatrixRef a, const Kernel::Packed* packed_b, GemmSize size, Epi
 // leaves its L2.
 static void gemm_unpacked(MatrixRef a, MatrixRef b, GemmSize size, EpilogueRef epilogue) {
   const int threads = threads_for(size.M * size.N * size.K, 1 << 17);
+  const int m_parts = parts_of_few_rows(size, threads), n_parts = threads / m_parts;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     Kernel::ThreadState state;
     (void)state;
-    const Range cols = slice(size.N, omp_get_thread_num(), threads, Kernel::kCols);
-    const Blocking blocking = blocking_of_few_blocks(size.M, size.K);
-    auto* panel = workspace<Kernel::Packed>(Slot::packed_b, blocking.depth * Kernel::kCols + 64);
-    if (cols.begin < cols.end)
-      multiply_rectangle(a, {nullptr, b, panel}, size.K, {0, size.M}, cols, blocking, epilogue);
+    const int thread = omp_get_thread_num();
+    const Range rows = slice(size.M, thread / n_parts, m_parts, Kernel::kRows);
+    const Range cols = slice(size.N, thread % n_parts, n_parts, Kernel::kCols);
+    if (rows.begin < rows.end && cols.begin < cols.end) {
+      const Blocking blocking = blocking_of_few_blocks(rows.end - rows.begin, size.K);
+      auto* panel = workspace<Kernel::Packed>(Slot::packed_b, blocking.depth * Kernel::kCols + 64);
+      multiply_rectangle(a, {nullptr, b, panel}, size.K, rows, cols, blocking, epilogue);
+    }
   }
 }
 

@@ -5,6 +5,7 @@
 //   LeftPanel                    kRows rows of A: packed, or (takes_rows) as float32 rows of A itself
 //   kDepthInL1                   kc: depth of a B sub-panel that stays in L1
 //   kBlockBytes                  how much packed A may occupy in L2
+//   kRowsWorthAThread            rows of A worth a thread of their own; with fewer, threads share the columns
 //   kFewRows                     most rows of A for which few_rows.h is faster than packing, whatever they are
 //   kFewRowsInBlock              whether it is so for all that are one block in L2, too
 //   supports(dtype)              operand dtypes it multiplies
@@ -13,13 +14,25 @@
 //   pack_a(dst, a, rows, depth)  one row panel: `rows` <= kRows of A, zero-padded to kRows x padded depth
 //   pack_b(dst, b, cols, depth)  one column panel, likewise; both are kRows (kCols) * padded depth elements, depth-major
 //                                in steps of kDepth, so a sub-panel starts at depth * kCols
-//   multiply(left, rows, b, depth, c_in, c_out, ldc, next_b, next_count, pending)
-//                                c_out = (c_in or 0) + left * b; c_in is a row-major tile kRows x kCols, c_out one with rows
-//                                ldc apart. Only the first `rows` rows matter. May run `pending`, the previous tile's
-//                                epilogue and what is to be read ahead, between its own steps; must finish it before
-//                                returning. next_b, next_count: this call's share of the packed B sub-panel that comes
-//                                next, to prefetch.
+//   multiply(left, rows, b, depth, sums, next_b, next_count, pending)
+//                                sums.to = (sums.from or 0) + left * b. Only the first `rows` rows matter. May run
+//                                `pending`, the previous tile's epilogue and what is to be read ahead, between its own
+//                                steps; must finish it before returning. next_b, next_count: this call's share of the packed
+//                                B sub-panel that comes next, to prefetch.
 #pragma once
+#include <cstdint>
+
+namespace llmfast::LLMFAST_TARGET {
+
+// Where the sums of a tile of kRows x kCols start, and where they go: rows of either and how far they are apart.
+struct TileSums {
+  const float* from;  // or nullptr: zeros
+  int64_t from_stride;
+  float* to;
+  int64_t to_stride;
+};
+
+}  // namespace llmfast::LLMFAST_TARGET
 
 #if defined(LLMFAST_TARGET_AMX)
 #include "gemm/kernel_amx.h"

@@ -21,6 +21,7 @@ struct Kernel {
   static constexpr bool kFewRowsInBlock = true;
   static constexpr int64_t kDepthInL1 = 512;
   static constexpr int64_t kBlockBytes = 1100 << 10;
+  static constexpr int64_t kRowsWorthAThread = 16 * kRows;
   static_assert(kRows == kBlock && kCols == kBlock && kDepth == kBlock);
 
   static bool supports(DType dtype) { return dtype == DType::bf16; }
@@ -51,8 +52,8 @@ struct Kernel {
   static void pack_b(bf16* dst, MatrixRef b, int64_t cols, int64_t depth) { pack_vnni_panel(dst, b, cols, depth); }
 
   template <class Pending>
-  static void multiply(LeftPanel left, int64_t, const bf16* b, int64_t depth, const float* c_in, float* c_out,
-                       int64_t ldc, const bf16* next_b, int64_t next_count, Pending& pending) {
+  static void multiply(LeftPanel left, int64_t, const bf16* b, int64_t depth, TileSums sums, const bf16* next_b,
+                       int64_t next_count, Pending& pending) {
     const bf16* a = left.packed;
     const int64_t steps = depth / kDepth;
     const int64_t epilogue_rows = (pending.left() + steps - 1) / steps;
@@ -60,7 +61,7 @@ struct Kernel {
     const int64_t lines = (next_count * int64_t{sizeof(bf16)} / 64 + steps - 1) / steps;  // cache lines a step
     const int64_t ahead_bytes = (lines < kMostLines ? lines : kMostLines) * 64;
 
-    load_sums(c_in);
+    load_sums(sums.from, sums.from_stride);
     for (int64_t k = 0; k < steps; ++k) {
       tile_stream_load<kA>(a, kTileRowBytes);
       tile_load<kB>(b, kTileRowBytes);
@@ -76,16 +77,14 @@ struct Kernel {
       b += kBlockElements;
     }
     pending.finish();
-    store_sums(c_out, ldc);
+    store_sums(sums.to, sums.to_stride);
   }
 
  private:
   static constexpr int kSum = 0, kA = 4, kB = 6;  // tile numbers: 0-3 sums by rows, 4-5 of A, 6-7 of B
   static constexpr int64_t kMostLines = 8;        // prefetched a step: fill buffers are few, and tile loads need them
-  static constexpr int64_t kSumStride = kCols * int64_t{sizeof(float)};
-  static constexpr int64_t kLowerSums = kTileRows * kCols;
 
-  static void load_sums(const float* c) {
+  static void load_sums(const float* c, int64_t ldc) {
     if (!c) {
       tile_zero<kSum>();
       tile_zero<kSum + 1>();
@@ -93,10 +92,12 @@ struct Kernel {
       tile_zero<kSum + 3>();
       return;
     }
-    tile_stream_load<kSum>(c, kSumStride);
-    tile_stream_load<kSum + 1>(c + kTileRows, kSumStride);
-    tile_stream_load<kSum + 2>(c + kLowerSums, kSumStride);
-    tile_stream_load<kSum + 3>(c + kLowerSums + kTileRows, kSumStride);
+    const int64_t stride = ldc * int64_t{sizeof(float)};
+    const float* lower = c + kTileRows * ldc;
+    tile_stream_load<kSum>(c, stride);
+    tile_stream_load<kSum + 1>(c + kTileRows, stride);
+    tile_stream_load<kSum + 2>(lower, stride);
+    tile_stream_load<kSum + 3>(lower + kTileRows, stride);
   }
 
   static void store_sums(float* c, int64_t ldc) {

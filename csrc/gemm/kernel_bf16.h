@@ -19,6 +19,7 @@ struct Kernel {
   static constexpr bool kFewRowsInBlock = false;
   static constexpr int64_t kDepthInL1 = 768;
   static constexpr int64_t kBlockBytes = 512 << 10;
+  static constexpr int64_t kRowsWorthAThread = 16 * kRows;
 
   static bool supports(DType dtype) { return dtype == DType::bf16; }
   static bool takes_rows(MatrixRef) { return false; }
@@ -48,25 +49,24 @@ struct Kernel {
   static void pack_b(bf16* dst, MatrixRef b, int64_t cols, int64_t depth) { pack_vnni_panel(dst, b, cols, depth); }
 
   template <class Pending>
-  static void multiply(LeftPanel left, int64_t rows, const bf16* b, int64_t depth, const float* c_in, float* c_out,
-                       int64_t ldc, const bf16*, int64_t, Pending& pending) {
+  static void multiply(LeftPanel left, int64_t rows, const bf16* b, int64_t depth, TileSums sums, const bf16*,
+                       int64_t, Pending& pending) {
     pending.finish();
-    if (rows > 8) multiply_tile<kRows>(left.packed, b, depth, c_in, c_out, ldc);
-    else if (rows > 4) multiply_tile<8>(left.packed, b, depth, c_in, c_out, ldc);
-    else multiply_tile<4>(left.packed, b, depth, c_in, c_out, ldc);
+    if (rows > 8) multiply_tile<kRows>(left.packed, b, depth, sums);
+    else if (rows > 4) multiply_tile<8>(left.packed, b, depth, sums);
+    else multiply_tile<4>(left.packed, b, depth, sums);
   }
 
  private:
-  // Sums start at zero for each sub-panel and are added to c_in at the end: blocked summation. Out of line: inlined beside
+  // Sums start at zero for each sub-panel and are added to sums.from at the end: blocked summation. Out of line: inlined beside
   // an epilogue, gcc spills the sums.
   template <int kR>
-  __attribute__((noinline)) static void multiply_tile(const bf16* a, const bf16* b, int64_t depth, const float* c_in,
-                                                      float* c_out, int64_t ldc) {
-    Vec sums[kR][kBlockVecs];
+  __attribute__((noinline)) static void multiply_tile(const bf16* a, const bf16* b, int64_t depth, TileSums sums) {
+    Vec acc[kR][kBlockVecs];
 #pragma GCC unroll 16
-    for (int r = 0; r < kR; ++r) sums[r][0] = sums[r][1] = Vec::zero();
+    for (int r = 0; r < kR; ++r) acc[r][0] = acc[r][1] = Vec::zero();
     for (int64_t k = 0; k < depth; k += kDepth) {
-      dot_block<kR>(sums, a, b);
+      dot_block<kR>(acc, a, b);
       a += kRows * kBlock;
       b += kBlockElements;
     }
@@ -74,8 +74,9 @@ struct Kernel {
     for (int r = 0; r < kR; ++r)
 #pragma GCC unroll 2
       for (int v = 0; v < kBlockVecs; ++v) {
-        const Vec sum = c_in ? sums[r][v] + Vec::load(c_in + r * kCols + v * Vec::kLanes) : sums[r][v];
-        sum.store(c_out + r * ldc + v * Vec::kLanes);
+        const int64_t lane = v * Vec::kLanes;
+        const Vec sum = sums.from ? acc[r][v] + Vec::load(sums.from + r * sums.from_stride + lane) : acc[r][v];
+        sum.store(sums.to + r * sums.to_stride + lane);
       }
   }
 };

@@ -7,6 +7,29 @@
 
 namespace llmfast::LLMFAST_TARGET {
 
+// As much of a panel's depth as is whole registers, from rows that lie along it: kL x kL blocks through registers. Returns
+// the depth. Inlined, so that `valid` is a constant where all lanes are there.
+template <int kWidth, class T>
+__attribute__((always_inline)) inline int64_t pack_transposed(float* dst, const T* src, int64_t lane_stride, int64_t valid,
+                                                              int64_t depth) {
+  constexpr int kL = Vec::kLanes;
+  int64_t k = 0;
+  for (; k + kL <= depth; k += kL)
+    for (int lane = 0; lane < kWidth; lane += kL) {
+      const int count = kWidth - lane < kL ? kWidth - lane : kL;
+      Vec block[kL];
+      for (int i = 0; i < kL; ++i)
+        block[i] = i < count && lane + i < valid ? Vec::load(src + (lane + i) * lane_stride + k) : Vec::zero();
+      transpose(block);
+      for (int i = 0; i < kL; ++i) {
+        float* out = dst + (k + i) * kWidth + lane;
+        if (count == kL) block[i].store(out);
+        else block[i].store_n(out, count);
+      }
+    }
+  return k;
+}
+
 // Panel [depth][kWidth] from `valid` <= kWidth lanes of a strided matrix; absent lanes are zero.
 template <int kWidth, class T>
 void pack_panel(float* dst, const T* src, int64_t lane_stride, int64_t depth_stride, int64_t valid, int64_t depth) {
@@ -26,21 +49,8 @@ void pack_panel(float* dst, const T* src, int64_t lane_stride, int64_t depth_str
     }
     return;
   }
-  if (depth_stride == 1 && valid == kWidth) {  // kL x kL blocks through registers
-    for (; k + kL <= depth; k += kL)
-      for (int lane = 0; lane < kWidth; lane += kL) {
-        const int count = kWidth - lane < kL ? kWidth - lane : kL;
-        Vec block[kL];
-        for (int i = 0; i < kL; ++i)
-          block[i] = i < count ? Vec::load(src + (lane + i) * lane_stride + k) : Vec::zero();
-        transpose(block);
-        for (int i = 0; i < kL; ++i) {
-          float* out = dst + (k + i) * kWidth + lane;
-          if (count == kL) block[i].store(out);
-          else block[i].store_n(out, count);
-        }
-      }
-  }
+  if (depth_stride == 1 && valid == kWidth) k = pack_transposed<kWidth>(dst, src, lane_stride, kWidth, depth);
+  else if (depth_stride == 1) k = pack_transposed<kWidth>(dst, src, lane_stride, valid, depth);
   for (; k < depth; ++k)
     for (int lane = 0; lane < kWidth; ++lane)
       dst[k * kWidth + lane] = lane < valid ? to_float(src[lane * lane_stride + k * depth_stride]) : 0.0f;
@@ -68,6 +78,8 @@ struct Kernel {
   static constexpr bool kFewRowsInBlock = false;
   static constexpr int64_t kDepthInL1 = 256;
   static constexpr int64_t kBlockBytes = Vec::kRegisters == 32 ? 640 << 10 : 256 << 10;
+  // Measured on AVX2 (Zen 3): B that no other thread packed is worth more than A that no other thread packs.
+  static constexpr int64_t kRowsWorthAThread = Vec::kRegisters == 32 ? 16 * kRows : 64 * kRows;
   static_assert(kRows * kVecs + kVecs + 1 <= Vec::kRegisters);
 
   static bool supports(DType) { return true; }
@@ -102,24 +114,37 @@ struct Kernel {
   }
 
   template <class Pending>
-  static void multiply(LeftPanel a, int64_t rows, const float* b, int64_t depth, const float* c_in, float* c_out, int64_t ldc,
-                       const float* next_b, int64_t next_share, Pending& pending) {
+  static void multiply(LeftPanel a, int64_t rows, const float* b, int64_t depth, TileSums sums, const float* next_b,
+                       int64_t next_share, Pending& pending) {
     pending.finish();
     const PackedSteps packed{a.packed};
     if (a.rows) {
-      multiply_tile<kRows>(RowSteps{a.rows, a.ld}, b, depth, c_in, c_out, ldc, NoLines{});
+      multiply_tile<kRows>(RowSteps{a.rows, a.ld}, b, depth, sums, NoLines{});
     } else if (rows <= kThird) {
-      multiply_tile<kThird>(packed, b, depth, c_in, c_out, ldc, NoLines{});
+      multiply_tile<kThird>(packed, b, depth, sums, NoLines{});
     } else if (rows <= 2 * kThird) {
-      multiply_tile<2 * kThird>(packed, b, depth, c_in, c_out, ldc, NoLines{});
+      multiply_tile<2 * kThird>(packed, b, depth, sums, NoLines{});
     } else if (next_share > 0) {
-      multiply_tile<kRows>(packed, b, depth, c_in, c_out, ldc, NextLines(next_b, next_share, depth));
+      multiply_tile<kRows>(packed, b, depth, sums, NextLines(next_b, next_share, depth));
     } else {
-      multiply_tile<kRows>(packed, b, depth, c_in, c_out, ldc, NoLines{});
+      multiply_tile<kRows>(packed, b, depth, sums, NoLines{});
     }
   }
 
  private:
+  // Rows of C, which no hardware prefetcher foresees: where the depth is small, the stores would wait for most of them.
+  template <int kR>
+  __attribute__((always_inline)) static void prefetch_rows(const TileSums& sums) {
+    constexpr int kLine = 64 / sizeof(float);
+#pragma GCC unroll 16
+    for (int r = 0; r < kR; ++r) {
+      const float* row = sums.to + r * sums.to_stride;
+#pragma GCC unroll 4
+      for (int lane = 0; lane < kCols; lane += kLine) __builtin_prefetch(row + lane, 1, 3);
+      __builtin_prefetch(row + kCols - 1, 1, 3);
+    }
+  }
+
   // A last panel of fewer rows is computed as a third or two thirds of a tile.
   static constexpr int kThird = (kRows + 2) / 3;
 
@@ -155,14 +180,15 @@ struct Kernel {
     }
   };
 
-  // Sums start at zero for each sub-panel and are added to c_in at the end: blocked summation, whose rounding error is
+  // Sums start at zero for each sub-panel and are added to sums.from at the end: blocked summation, whose rounding error is
   // that of a chain of kDepthInL1 terms instead of K. Kept out of line: inlined beside an epilogue, gcc spills acc.
   template <int kR, class A, class Ahead>
-  __attribute__((noinline)) static void multiply_tile(A a, const float* b, int64_t depth, const float* c_in, float* c_out,
-                                                      int64_t ldc, Ahead ahead) {
+  __attribute__((noinline)) static void multiply_tile(A a, const float* b, int64_t depth, TileSums sums,
+                                                      Ahead ahead) {
     Vec acc[kR][kVecs];
 #pragma GCC unroll 16
     for (int r = 0; r < kR; ++r) acc[r][0] = acc[r][1] = Vec::zero();
+    if (sums.to_stride != kCols) prefetch_rows<kR>(sums);
     for (int64_t k = 0; k < depth;) {
       const int64_t end = Ahead::kAny && k + kAheadStep < depth ? k + kAheadStep : depth;
       ahead.prefetch();
@@ -183,8 +209,9 @@ struct Kernel {
     for (int r = 0; r < kR; ++r)
 #pragma GCC unroll 2
       for (int v = 0; v < kVecs; ++v) {
-        const Vec sum = c_in ? acc[r][v] + Vec::load(c_in + r * kCols + v * Vec::kLanes) : acc[r][v];
-        sum.store(c_out + r * ldc + v * Vec::kLanes);
+        const int64_t lane = v * Vec::kLanes;
+        const Vec sum = sums.from ? acc[r][v] + Vec::load(sums.from + r * sums.from_stride + lane) : acc[r][v];
+        sum.store(sums.to + r * sums.to_stride + lane);
       }
   }
 };

@@ -42,9 +42,6 @@ inline int64_t padded_depth(int64_t depth) { return round_up(depth, Kernel::kDep
 
 inline int64_t packed_b_elements(int64_t N, int64_t K) { return round_up(N, Kernel::kCols) * padded_depth(K); }
 
-// Rows of A worth a thread of their own; with fewer, threads share the columns.
-constexpr int64_t kRowsWorthAThread = 16 * Kernel::kRows;
-
 // Packs all of B[K,N] into dst (packed_b_elements(N, K), aligned to 64 bytes), threads sharing the work.
 void pack_b(Kernel::Packed* dst, MatrixRef b, int64_t N, int64_t K);
 
