@@ -207,7 +207,7 @@ void ffn_forward(const FfnParams& p) {
   const int threads = threads_for(M, 2 * Kernel::kRows);
   visit_float(p.x.dtype, [&](auto type) {
     using T = decltype(type);
-    if (M < threads * Kernel::kRowsWorthAThread || threads < omp_get_max_threads())
+    if (M < threads * Kernel::rows_worth_a_thread(C) || threads < omp_get_max_threads())
       return forward_products<T>(p, up_bias, down_bias);
     const PackedWeights packed = pack_weights(p, C, F);
 #pragma omp parallel num_threads(threads) if (threads > 1)

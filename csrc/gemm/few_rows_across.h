@@ -20,7 +20,7 @@ struct Constant {
 // sums[m][j] += sum_r x[m][r] * b[r][j] for kR rows of B and one panel of `count` columns; kFirst: = instead of +=.
 template <int kM, int kR, bool kFirst, class T>
 inline void add_rows(const float* x, int64_t ldx, const T* b, int64_t ldb, int64_t count, float* sums) {
-  for (int64_t i = 0; i < count; i += static_cast<int64_t>(64 / sizeof(T)))
+  for (int64_t i = 0; kReadsAhead<T> && i < count; i += static_cast<int64_t>(64 / sizeof(T)))
 #pragma GCC unroll 8
     for (int r = 0; r < kR; ++r) __builtin_prefetch(b + (kR + r) * ldb + i, 0, 2);
   for_each_vec(count, [&](int64_t i, auto lanes) {

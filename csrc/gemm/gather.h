@@ -9,8 +9,13 @@ namespace llmfast::LLMFAST_TARGET {
 // 1 KiB ahead into L1; 2 KiB ahead is up to a sixth slower.
 constexpr int64_t kAhead = 4096;  // bytes
 
+// Zen 3's own prefetchers keep up with float32: its weights come 1.1 times as fast from memory, 1.3 times from L3, without.
+template <class T>
+constexpr bool kReadsAhead = Vec::kRegisters == 32 || sizeof(T) == 2;
+
 template <class T>
 inline __attribute__((always_inline)) void prefetch_ahead(const T* p, int64_t count) {
+  if (!kReadsAhead<T>) return;
   constexpr int64_t kLine = 64 / sizeof(T);
   for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(reinterpret_cast<const char*>(p + i) + kAhead, 0, 2);
 }

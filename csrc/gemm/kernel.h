@@ -2,14 +2,15 @@
 //
 //   Packed                       element type of packed panels
 //   kRows, kCols, kDepth         tile of C; depth is padded to a multiple of kDepth
-//   LeftPanel                    kRows rows of A: packed, or (takes_rows) as float32 rows of A itself
+//   LeftPanel                    kRows rows of A: packed, or (takes_rows, takes_columns) float32 values of A itself
 //   kDepthInL1                   kc: depth of a B sub-panel that stays in L1
 //   kBlockBytes                  how much packed A may occupy in L2
-//   kRowsWorthAThread            rows of A worth a thread of their own; with fewer, threads share the columns
+//   rows_worth_a_thread(K)       rows of A worth a thread of their own; with fewer, threads share the columns
 //   kFewRows                     most rows of A for which few_rows.h is faster than packing, whatever they are
 //   kFewRowsInBlock              whether it is so for all that are one block in L2, too
 //   supports(dtype)              operand dtypes it multiplies
-//   takes_rows(a)                whether whole panels of rows of A need not be packed
+//   takes_rows(a)                whether whole panels of an A whose rows are contiguous need not be packed
+//   takes_columns(a)             the same for an A whose columns are
 //   ThreadState                  RAII, one per thread and parallel region (AMX: tile configuration)
 //   pack_a(dst, a, rows, depth)  one row panel: `rows` <= kRows of A, zero-padded to kRows x padded depth
 //   pack_b(dst, b, cols, depth)  one column panel, likewise; both are kRows (kCols) * padded depth elements, depth-major

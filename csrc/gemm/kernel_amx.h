@@ -21,18 +21,20 @@ struct Kernel {
   static constexpr bool kFewRowsInBlock = true;
   static constexpr int64_t kDepthInL1 = 512;
   static constexpr int64_t kBlockBytes = 1100 << 10;
-  static constexpr int64_t kRowsWorthAThread = 16 * kRows;
   static_assert(kRows == kBlock && kCols == kBlock && kDepth == kBlock);
 
   static bool supports(DType dtype) { return dtype == DType::bf16; }
+  static int64_t rows_worth_a_thread(int64_t) { return 16 * kRows; }
   static bool takes_rows(MatrixRef) { return false; }
+  static bool takes_columns(MatrixRef) { return false; }
 
   using ThreadState = TileConfig;
 
   struct LeftPanel {
     const bf16* packed;
-    const float* rows;  // not taken
+    const float* in_place;  // never
     int64_t ld;
+    bool columns;
   };
 
   static void pack_a(bf16* dst, MatrixRef a, int64_t rows, int64_t depth) {

@@ -49,6 +49,17 @@ void pack_panel(float* dst, const T* src, int64_t lane_stride, int64_t depth_str
     }
     return;
   }
+  if (lane_stride == 1) {
+    for (; k < depth; ++k)
+      for (int lane = 0; lane < kWidth; lane += kL) {
+        const int64_t room = kWidth - lane < kL ? kWidth - lane : kL, there = valid - lane < room ? valid - lane : room;
+        const T* row = src + k * depth_stride + lane;
+        const Vec values = there == kL ? Vec::load(row) : there > 0 ? Vec::load_n(row, there) : Vec::zero();
+        if (room == kL) values.store(dst + k * kWidth + lane);
+        else values.store_n(dst + k * kWidth + lane, room);
+      }
+    return;
+  }
   if (depth_stride == 1 && valid == kWidth) k = pack_transposed<kWidth>(dst, src, lane_stride, kWidth, depth);
   else if (depth_stride == 1) k = pack_transposed<kWidth>(dst, src, lane_stride, valid, depth);
   for (; k < depth; ++k)
@@ -78,11 +89,13 @@ struct Kernel {
   static constexpr bool kFewRowsInBlock = false;
   static constexpr int64_t kDepthInL1 = 256;
   static constexpr int64_t kBlockBytes = Vec::kRegisters == 32 ? 640 << 10 : 256 << 10;
-  // Measured on AVX2 (Zen 3): B that no other thread packed is worth more than A that no other thread packs.
-  static constexpr int64_t kRowsWorthAThread = Vec::kRegisters == 32 ? 16 * kRows : 64 * kRows;
   static_assert(kRows * kVecs + kVecs + 1 <= Vec::kRegisters);
 
   static bool supports(DType) { return true; }
+
+  // Measured with 6 rows (2-core Zen 3): threads that each pack the columns of B they use are up to 1.12 times as fast as
+  // threads that share rows and all of B, unless A is deep, which they would all read.
+  static int64_t rows_worth_a_thread(int64_t K) { return (kRows == 6 && K <= 2048 ? 64 : 16) * kRows; }
 
   // Float32 rows that lie along the depth, unless so many begin in one set of the L1 cache (64 sets of 8 lines or more) that
   // they push each other out between one step and the next: rows 4 KiB apart all do, and are 1.3 times as fast packed.
@@ -98,12 +111,18 @@ struct Kernel {
     return true;
   }
 
+  // Float32 columns, whose pieces are the steps of a packed panel as they lie, unless they meet in few sets of the L1 cache.
+  static bool takes_columns(MatrixRef a) {
+    return a.dtype == DType::f32 && a.row_stride == 1 && a.col_stride % 256 != 0;
+  }
+
   struct ThreadState {};
 
   struct LeftPanel {
     const float* packed;
-    const float* rows;  // if not nullptr: kRows rows of A itself, ld apart
-    int64_t ld;
+    const float* in_place;  // if not packed: where its rows begin in A
+    int64_t ld;             // how far A's rows, or columns, are apart there
+    bool columns;           // whether it is columns that are contiguous
   };
 
   static void pack_a(float* dst, MatrixRef a, int64_t rows, int64_t depth) {
@@ -117,9 +136,12 @@ struct Kernel {
   static void multiply(LeftPanel a, int64_t rows, const float* b, int64_t depth, TileSums sums, const float* next_b,
                        int64_t next_share, Pending& pending) {
     pending.finish();
+    if (sums.to_stride != kCols) prefetch_rows(sums);
     const PackedSteps packed{a.packed};
-    if (a.rows) {
-      multiply_tile<kRows>(RowSteps{a.rows, a.ld}, b, depth, sums, NoLines{});
+    if (a.in_place && a.columns) {
+      multiply_tile<kRows>(ColumnSteps{a.in_place, a.ld}, b, depth, sums, NoLines{});
+    } else if (a.in_place) {
+      multiply_tile<kRows>(RowSteps{a.in_place, a.ld}, b, depth, sums, NoLines{});
     } else if (rows <= kThird) {
       multiply_tile<kThird>(packed, b, depth, sums, NoLines{});
     } else if (rows <= 2 * kThird) {
@@ -133,11 +155,10 @@ struct Kernel {
 
  private:
   // Rows of C, which no hardware prefetcher foresees: where the depth is small, the stores would wait for most of them.
-  template <int kR>
   __attribute__((always_inline)) static void prefetch_rows(const TileSums& sums) {
     constexpr int kLine = 64 / sizeof(float);
 #pragma GCC unroll 16
-    for (int r = 0; r < kR; ++r) {
+    for (int r = 0; r < kRows; ++r) {
       const float* row = sums.to + r * sums.to_stride;
 #pragma GCC unroll 4
       for (int lane = 0; lane < kCols; lane += kLine) __builtin_prefetch(row + lane, 1, 3);
@@ -159,6 +180,12 @@ struct Kernel {
     int64_t ld;
     float at(int r) const { return a[r * ld]; }
     void advance() { ++a; }
+  };
+  struct ColumnSteps {
+    const float* a;
+    int64_t ld;
+    float at(int r) const { return a[r]; }
+    void advance() { a += ld; }
   };
 
   // What to read ahead into L2 before each kAheadStep steps of depth.
@@ -188,7 +215,6 @@ struct Kernel {
     Vec acc[kR][kVecs];
 #pragma GCC unroll 16
     for (int r = 0; r < kR; ++r) acc[r][0] = acc[r][1] = Vec::zero();
-    if (sums.to_stride != kCols) prefetch_rows<kR>(sums);
     for (int64_t k = 0; k < depth;) {
       const int64_t end = Ahead::kAny && k + kAheadStep < depth ? k + kAheadStep : depth;
       ahead.prefetch();
