@@ -1,4 +1,5 @@
 // The loops around the micro-kernel; the idea is told in gemm.h.
+#include "gemm/few_deep.h"
 #include "gemm/few_rows.h"
 #include "gemm/few_rows_across.h"
 #include "gemm/product.h"
@@ -311,6 +312,7 @@ void gemm(MatrixRef a, MatrixRef b, GemmSize size, EpilogueRef epilogue) {
   if (size.K == 0) return rectangle_of_zeros({0, size.M}, {0, size.N}, epilogue);
   if (size.M <= Kernel::kFewRows && b.row_stride == 1) return gemm_few_rows(a, b, size, epilogue);
   if (size.M <= kAcrossRows && b.col_stride == 1) return gemm_few_rows_across(a, b, size, epilogue);
+  if (size.K <= kFewDeep && b.col_stride == 1) return gemm_few_deep(a, b, size, epilogue);
   const int threads = threads_for(size.M * size.N * size.K, 1 << 17);
   const bool few_blocks = in_few_blocks(size.M, size.K) && !mostly_writes(size.M, size.N, size.K);
   if ((b.row_stride == 1 || b.col_stride == 1) && row_parts(size, threads) == 1 && few_blocks) {

@@ -5,6 +5,7 @@
 // Forward: the epilogue folds each row's logits into a running reference maximum and, lane by lane, a sum of powers of two
 // relative to it. The reference moves only when a logit exceeds it by more than 2^kSlack, so the usual path has no
 // horizontal operation. Threads share rows, never a row.
+// Few rows are not worth packing the weight: their logits of a chunk are computed as linear's are, and folded afterwards.
 // Backward: a chunk's logits are computed again and turned into d_logits [M, kChunk] in the operands' dtype, which feeds
 // both products: grad_weight's rows of this chunk are written once, grad_x is summed in float32 over the chunks.
 #include "linear_cross_entropy/linear_cross_entropy.h"
@@ -90,16 +91,24 @@ inline int64_t chunk_end(int64_t begin, int64_t V) { return V - begin < kChunk ?
 }  // namespace
 
 void linear_cross_entropy_forward(const LinearCrossEntropyParams& p) {
-  const int64_t M = p.x.shape[0], C = p.x.shape[1], V = p.weight.shape[0];
+  const int64_t M = p.x.shape[0], C = p.x.shape[1], V = p.weight.shape[0], most = kChunk < V ? kChunk : V;
   auto* rows = workspace<RowState>(Slot::reduction, M);
   for (int64_t m = 0; m < M; ++m) rows[m] = RowState{};
-  auto* packed = workspace<Kernel::Packed>(Slot::packed_b, packed_b_elements(kChunk < V ? kChunk : V, C) + 64);
   const auto* target = p.target.as<const int64_t>();
   const int threads = threads_for(M, 2 * Kernel::kRows);
+  const bool few = M <= Kernel::kFewRows;
+  Kernel::Packed* packed = few ? nullptr : workspace<Kernel::Packed>(Slot::packed_b, packed_b_elements(most, C) + 64);
+  float* logits = few ? workspace<float>(Slot::hidden, M * most + Vec::kLanes) : nullptr;
   for (int64_t v = 0; v < V; v = chunk_end(v, V)) {
     const int64_t count = chunk_end(v, V) - v;
-    pack_b(packed, matrix(p.weight).offset(v, 0).transposed(), count, C);
+    const MatrixRef weight = matrix(p.weight).offset(v, 0).transposed();
     const LogSumExpEpilogue epilogue{rows, target, v};
+    if (few) {
+      gemm(matrix(p.x), weight, {M, count, C}, StoreEpilogue<float>{logits, most, nullptr});
+      for (int64_t m = 0; m < M; ++m) epilogue.row(logits + m * most, m, 0, count);
+      continue;
+    }
+    pack_b(packed, weight, count, C);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
       Kernel::ThreadState state;
@@ -122,24 +131,32 @@ void linear_cross_entropy_backward(const LinearCrossEntropyBackwardParams& p) {
   visit_float(p.x.dtype, [&](auto type) {
     using T = decltype(type);
     T* d_logits = workspace<T>(Slot::hidden, M * most);
+    const bool few = M <= Kernel::kFewRows;
     // x as the right operand of grad_weight is the same for every chunk: packed once, beside the chunk's own weights
-    const int64_t packed_x_size = p.grad_weight.defined ? round_up(packed_b_elements(C, M), 64) : 0;
-    auto* packed_x = workspace<Kernel::Packed>(Slot::staging, packed_x_size + packed_b_elements(most, C) + 64);
+    const int64_t packed_x_size = few ? 0 : p.grad_weight.defined ? round_up(packed_b_elements(C, M), 64) : 0;
+    auto* packed_x = workspace<Kernel::Packed>(Slot::staging, packed_x_size + (few ? 0 : packed_b_elements(most, C)) + 64);
     auto* packed_weight = packed_x + packed_x_size;
-    if (p.grad_weight.defined) pack_b(packed_x, matrix(p.x), C, M);
+    if (p.grad_weight.defined && !few) pack_b(packed_x, matrix(p.x), C, M);
     float* sum_x = p.grad_x.defined ? workspace<float>(Slot::reduction, M * C) : nullptr;
 
     for (int64_t v = 0; v < V; v = chunk_end(v, V)) {
       const int64_t count = chunk_end(v, V) - v;
       const MatrixRef weight = matrix(p.weight).offset(v, 0);
-      pack_b(packed_weight, weight.transposed(), count, C);
-      gemm_packed(matrix(p.x), packed_weight, {M, count, C},
-                  LogitGradientEpilogue<T>{p.lse.as<const float>(), p.grad.as<const float>(), target, v, p.ignore_index,
-                                           d_logits, most});
+      const LogitGradientEpilogue<T> differentiate{p.lse.as<const float>(), p.grad.as<const float>(), target, v, p.ignore_index,
+                                                   d_logits, most};
+      if (few) {
+        gemm(matrix(p.x), weight.transposed(), {M, count, C}, differentiate);
+      } else {
+        pack_b(packed_weight, weight.transposed(), count, C);
+        gemm_packed(matrix(p.x), packed_weight, {M, count, C}, differentiate);
+      }
       const MatrixRef d = {d_logits, p.x.dtype, most, 1};
-      if (p.grad_weight.defined)
-        gemm_packed(d.transposed(), packed_x, {count, C, M},
-                    StoreEpilogue<T>{p.grad_weight.as<T>() + v * p.grad_weight.stride[0], p.grad_weight.stride[0], nullptr});
+      if (p.grad_weight.defined) {
+        const int64_t ld = p.grad_weight.stride[0];
+        const StoreEpilogue<T> store{p.grad_weight.as<T>() + v * ld, ld, nullptr};
+        if (few) gemm(d.transposed(), matrix(p.x), {count, C, M}, store);
+        else gemm_packed(d.transposed(), packed_x, {count, C, M}, store);
+      }
       if (!p.grad_x.defined) continue;
       if (count == V) {
         gemm(d, weight, {M, C, count}, StoreEpilogue<T>{p.grad_x.as<T>(), p.grad_x.stride[0], nullptr});
