@@ -293,7 +293,7 @@ static void gemm_unpacked(MatrixRef a, MatrixRef b, GemmSize size, EpilogueRef e
     const Range rows = slice(size.M, thread / n_parts, m_parts, Kernel::kRows);
     const Range cols = slice(size.N, thread % n_parts, n_parts, Kernel::kCols);
     if (rows.begin < rows.end && cols.begin < cols.end) {
-      const Blocking blocking = blocking_of_few_blocks(rows.end - rows.begin, size.K);
+      const Blocking blocking = blocking_of_few_blocks(size.M, size.K);  // of all rows: depth must not depend on threads
       auto* panel = workspace<Kernel::Packed>(Slot::packed_b, blocking.depth * Kernel::kCols + 64);
       multiply_rectangle(a, {nullptr, b, panel}, size.K, rows, cols, blocking, epilogue);
     }
