@@ -141,7 +141,9 @@ def main() -> int:
         if len(ratios) > 1:
             tenths = [f"{q:.2f}" for q in statistics.quantiles(ratios, n=10)]
             behind = sum(r < 0.9 for r in ratios)
-            print(f"{op}: {len(ratios)} cases, least {min(ratios):.2f}, tenths {' '.join(tenths)}, below 0.9: {behind}\n")
+            print(
+                f"{op}: {len(ratios)} cases, least {min(ratios):.2f}, tenths {' '.join(tenths)}, below 0.9: {behind}\n"
+            )
     return 1 if wrong else 0
 
 

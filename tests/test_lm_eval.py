@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from test_pretrained import SHAPE, TEMPLATE, wide
+from saved_models import SHAPE, TEMPLATE, wide
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from llmfast.data import ByteTokenizer, build_tokenizer, load_tokenizer

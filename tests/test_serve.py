@@ -11,7 +11,7 @@ import urllib.request
 
 import pytest
 import torch
-from test_pretrained import SHAPE, TEMPLATE, wide
+from saved_models import SHAPE, TEMPLATE, wide
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from llmfast.data import build_tokenizer, load_tokenizer

@@ -197,74 +197,99 @@ def measure_step(
         timeout: seconds that a provider may take for a step before it is stopped.
     """
     providers = case.providers(threads)
-    found: dict[str, dict] = {name: {"ours": name == "llmfast"} for name in providers}
-    samples: dict[str, list[float]] = {}
+    match = _Match(case, budget, timeout, progress, {name: {"ours": name == "llmfast"} for name in providers})
     peers: dict[str, StepSpec] = {}
     for name, spec in providers.items():
         if isinstance(spec, str):
-            found[name].update(status="not run", note=spec)
+            match.found[name].update(status="not run", note=spec)
         elif name != "llmfast":
             peers[name] = spec
     while True:
-        postponed = _turns(case, {"llmfast": providers["llmfast"], **peers}, found, samples, budget, timeout, progress)
+        postponed = match.turns({"llmfast": providers["llmfast"], **peers})
         if not postponed:
             break
         peers = {name: peers[name] for name in postponed}
-    for name, taken in samples.items():
-        if taken and found[name]["status"] == "ok":
-            found[name].update(summary(taken))
-    return _row(case, found, limits)
+    for name, taken in match.samples.items():
+        if taken and match.found[name]["status"] == "ok":
+            match.found[name].update(summary(taken))
+    return _row(case, match.found, limits)
 
 
-def _turns(
-    case: StepCase,
-    specs: dict[str, StepSpec],
-    found: dict[str, dict],
-    samples: dict[str, list[float]],
-    budget: Budget,
-    timeout: float,
-    progress: Callable[[str], None],
-) -> list[str]:
-    """Checks and times providers that take turns; returns peers for which the memory did not suffice beside the others.
-    They get turns with llmfast, whose samples all count, when these have gone."""
-    workers: dict[str, _Worker] = {}
-    postponed: list[str] = []
-    try:
-        for name, spec in specs.items():
-            workers[name] = _Worker(spec, timeout)  # all of them start at once: imports and weights take seconds
-        progress(f"{case.label}: starting")
-        for name in list(workers):
-            _guard(found[name], workers, name, lambda n=name: workers[n].ask(None, STARTING))
-        peaks, idle = [], []  # bytes of peers at most, and now
-        for name in list(workers):
-            if peaks and not _fits(peaks, idle):
-                postponed.append(name)
-                workers.pop(name).close()
-                continue
-            progress(f"{case.label}: {name}, first steps")
-            _guard(found[name], workers, name, lambda n=name: _warm_up(workers[n], found[n], budget))
-            if name in workers and not found[name]["ours"]:
-                peaks.append(workers[name].peak_rss)
-                idle.append(workers[name].rss)
-        _check_losses(found, _tolerance(case))
-        if budget.timed:
-            _time(case, found, samples, workers, budget, progress)
-        for name in list(workers):
-            _guard(found[name], workers, name, lambda n=name: _finish(workers[n], found[n]))
-    finally:
-        for worker in workers.values():
-            worker.close()
-    return postponed
+@dataclass
+class _Match:
+    """A case's providers and what is known of each: `found`, as it goes into the row, and its samples in seconds."""
 
+    case: StepCase
+    budget: Budget
+    timeout: float
+    progress: Callable[[str], None]
+    found: dict[str, dict]
+    samples: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
-def _guard(entry: dict, workers: dict[str, _Worker], name: str, action: Callable[[], None]) -> None:
-    """Runs `action`; if it fails, the provider is out and its entry says why."""
-    try:
-        action()
-    except _Failed as failure:
-        entry["status"], entry["note"] = failure.args
-        if name in workers:
+    def turns(self, specs: dict[str, StepSpec]) -> list[str]:
+        """Checks and times providers that take turns; returns peers for which the memory did not suffice beside the others.
+        They get turns with llmfast, whose samples all count, when these have gone."""
+        workers: dict[str, _Worker] = {}
+        postponed: list[str] = []
+        try:
+            for name, spec in specs.items():
+                workers[name] = _Worker(
+                    spec, self.timeout
+                )  # all of them start at once: imports and weights take seconds
+            self.progress(f"{self.case.label}: starting")
+            for name in list(workers):
+                self._guard(workers, name, lambda worker, entry: worker.ask(None, STARTING))
+            peaks, idle = [], []  # bytes of peers at most, and now
+            for name in list(workers):
+                if peaks and not _fits(peaks, idle):
+                    postponed.append(name)
+                    workers.pop(name).close()
+                    continue
+                self.progress(f"{self.case.label}: {name}, first steps")
+                self._guard(workers, name, lambda worker, entry: _warm_up(worker, entry, self.budget))
+                if name in workers and not self.found[name]["ours"]:
+                    peaks.append(workers[name].peak_rss)
+                    idle.append(workers[name].rss)
+            _check_losses(self.found, _tolerance(self.case))
+            if self.budget.timed:
+                self._time(workers)
+            for name in list(workers):
+                self._guard(workers, name, _finish)
+        finally:
+            for worker in workers.values():
+                worker.close()
+        return postponed
+
+    def _guard(self, workers: dict[str, _Worker], name: str, action: Callable[[_Worker, dict], object]) -> None:
+        """Does something with a provider; if it fails, the provider is out and its entry says why."""
+        try:
+            action(workers[name], self.found[name])
+        except _Failed as failure:
+            self.found[name]["status"], self.found[name]["note"] = failure.args
             workers.pop(name).close()
+
+    def _time(self, workers: dict[str, _Worker]) -> None:
+        """Adds to `samples`."""
+        rounds = {}
+        for name in workers:
+            entry = self.found[name]
+            if entry["status"] != "ok":
+                continue
+            taken = self.samples.setdefault(name, [])
+            last = entry["warm_up_s"][-1]
+            if last > self.budget.slow:
+                taken.append(last)
+                entry.setdefault("note", "one step, not warmed up")
+            else:
+                rounds[name] = self.budget.samples(last)
+        order = schedule(rounds)
+        for i, name in enumerate(order):
+            if name in workers:
+                self.progress(f"{self.case.label}: step {i + 1} of {len(order)}, {name}")
+                self._guard(
+                    workers, name, lambda worker, entry, taken=self.samples[name]: _take(worker, taken, entry["losses"])
+                )
+        _check_losses(self.found, _tolerance(self.case))  # slow providers took one step before: now there are more
 
 
 def _warm_up(worker: _Worker, entry: dict, budget: Budget) -> None:
@@ -292,34 +317,6 @@ def _check_losses(found: dict[str, dict], tolerance: float) -> None:
         entry["error"] = max(abs(a - b) for a, b in zip(entry["losses"], truth))
         if not entry["error"] <= tolerance:
             entry.update(status="wrong", note=f"a loss is off by {entry['error']:.2g}, allowed {tolerance:g}")
-
-
-def _time(
-    case: StepCase,
-    found: dict[str, dict],
-    samples: dict[str, list[float]],
-    workers: dict[str, _Worker],
-    budget: Budget,
-    progress: Callable[[str], None],
-) -> None:
-    """Adds to `samples`."""
-    rounds = {}
-    for name in workers:
-        if found[name]["status"] != "ok":
-            continue
-        samples.setdefault(name, [])
-        warm_up = found[name]["warm_up_s"]
-        if warm_up[-1] > budget.slow:
-            samples[name].append(warm_up[-1])
-            found[name].setdefault("note", "one step, not warmed up")
-        else:
-            rounds[name] = budget.samples(warm_up[-1])
-    order = schedule(rounds)
-    for i, name in enumerate(order):
-        if name in workers:
-            progress(f"{case.label}: step {i + 1} of {len(order)}, {name}")
-            _guard(found[name], workers, name, lambda n=name: _take(workers[n], samples[n], found[n]["losses"]))
-    _check_losses(found, _tolerance(case))  # slow providers took one step before: now there are more
 
 
 def _take(worker: _Worker, samples: list[float], losses: list[float]) -> None:
