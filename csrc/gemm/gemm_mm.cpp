@@ -249,7 +249,7 @@ void gemm_rectangle(MatrixRef a, const Kernel::Packed* packed_b, int64_t K, Rang
 
 // How many threads share the rows; the rest of the factor shares the columns.
 static int row_parts(GemmSize size, int threads) {
-  if (mostly_writes(size.M / threads, size.N, size.K)) return threads;
+  if (size.M >= threads * Kernel::kRows && mostly_writes(size.M / threads, size.N, size.K)) return threads;
   for (int parts = threads; parts > 1; --parts)
     if (threads % parts == 0 && size.M >= parts * Kernel::rows_worth_a_thread(size.K)) return parts;
   return 1;

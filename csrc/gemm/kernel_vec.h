@@ -120,9 +120,9 @@ struct Kernel {
 
   struct LeftPanel {
     const float* packed;
-    const float* in_place;  // if not packed: where its rows begin in A
-    int64_t ld;             // how far A's rows, or columns, are apart there
-    bool columns;           // whether it is columns that are contiguous
+    const float* in_place;  // if not packed: the panel in A itself,
+    int64_t ld;             // whose rows or, if `columns`, whose columns are contiguous and this far apart
+    bool columns;
   };
 
   static void pack_a(float* dst, MatrixRef a, int64_t rows, int64_t depth) {
@@ -210,8 +210,7 @@ struct Kernel {
   // Sums start at zero for each sub-panel and are added to sums.from at the end: blocked summation, whose rounding error is
   // that of a chain of kDepthInL1 terms instead of K. Kept out of line: inlined beside an epilogue, gcc spills acc.
   template <int kR, class A, class Ahead>
-  __attribute__((noinline)) static void multiply_tile(A a, const float* b, int64_t depth, TileSums sums,
-                                                      Ahead ahead) {
+  __attribute__((noinline)) static void multiply_tile(A a, const float* b, int64_t depth, TileSums sums, Ahead ahead) {
     Vec acc[kR][kVecs];
 #pragma GCC unroll 16
     for (int r = 0; r < kR; ++r) acc[r][0] = acc[r][1] = Vec::zero();
