@@ -100,16 +100,16 @@ def drawn(op: str, count: int, seed: int) -> list[Work]:
     return found
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=100, help="of each op")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default=",".join(DRAWN), help="ops")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--least", type=float, default=1.0, help="show what is below")
     parser.add_argument("--seconds", type=float, default=0.3, help="of timed calls for each way")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     unknown = [op for op in options.only.split(",") if op not in DRAWN]
     if unknown:
         parser.error(f"--only: got {', '.join(unknown)}, expected some of {', '.join(DRAWN)}")

@@ -1,12 +1,11 @@
 """Generation by `llmfast.GPT` and by transformers from one checkpoint: tokens a second, decoding and reading the prompt.
 
     python benchmarks/generate.py [FOLDER] [--batch 1,8] [--prompt 64] [--new 64] [--rounds 5] [--dtype bfloat16]
-                                  [--compile] [--threads 2]
+                                  [--threads 2]
 
 FOLDER is a Hugging Face folder; without one, random weights of SmolLM2-135M's sizes are saved and loaded by both. Greedy.
-Both first score the same continuation of the prompt: their losses must agree. Then whole calls take turns; shown are
-medians and, of a call for `--new` tokens less one for a single token, the tokens a second of decoding alone.
-`--compile` adds transformers with a static cache and torch.compile.
+First their losses on the prompt must agree. Then whole calls take turns; shown are medians and, of a call for `--new` tokens
+less one for a single token, the tokens a second of decoding alone.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ TOLERANCE = 5e-3  # of the loss: rounding to bfloat16
 
 
 def check(model: GPT, plain, ids: torch.Tensor) -> None:
-    """Losses of the whole text, which includes every position that generation would start from."""
+    """Holds their losses on the prompt against each other."""
     with torch.no_grad():
         ours, theirs = (f(ids).float() for f in (model, lambda ids: plain(input_ids=ids).logits))
     losses = [F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item() for logits in (ours, theirs)]
@@ -38,8 +37,8 @@ def check(model: GPT, plain, ids: torch.Tensor) -> None:
         raise AssertionError(f"losses differ: llmfast {losses[0]:.5f}, transformers {losses[1]:.5f}")
 
 
-def providers(model: GPT, plain, ids: torch.Tensor, compile: bool) -> dict[str, Callable[[int], object]]:
-    def theirs(new: int, **how) -> torch.Tensor:
+def providers(model: GPT, plain, ids: torch.Tensor) -> dict[str, Callable[[int], object]]:
+    def theirs(new: int) -> torch.Tensor:
         with torch.no_grad():
             return plain.generate(
                 ids,
@@ -48,13 +47,9 @@ def providers(model: GPT, plain, ids: torch.Tensor, compile: bool) -> dict[str, 
                 max_new_tokens=new,
                 min_new_tokens=new,
                 pad_token_id=0,
-                **how,
             )
 
-    ways = {"llmfast": lambda new: generate(model, ids, max_new_tokens=new, temperature=0.0), "transformers": theirs}
-    if compile:
-        ways["transformers, static cache, torch.compile"] = lambda new: theirs(new, cache_implementation="static")
-    return ways
+    return {"llmfast": lambda new: generate(model, ids, max_new_tokens=new, temperature=0.0), "transformers": theirs}
 
 
 def medians(ways: dict[str, Callable[[int], object]], lengths: tuple[int, ...], rounds: int) -> dict[str, list[float]]:
@@ -79,7 +74,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
     if options.new < 2:
         parser.error(f"--new: got {options.new}, expected at least 2")
@@ -97,13 +91,13 @@ def main() -> None:
     for B in map(int, options.batch.split(",")):
         ids = torch.randint(plain.config.vocab_size, (B, options.prompt))
         check(model, plain, ids)
-        ways = providers(model, plain, ids, options.compile)
+        ways = providers(model, plain, ids)
         found = medians(ways, (1, options.new), options.rounds)
         rate = {way: B * (options.new - 1) / (whole - first) for way, (first, whole) in found.items()}
         for way, (first, whole) in found.items():
             ratios = f"{rate['llmfast'] / rate[way]:5.2f}x decoding, {whole / found['llmfast'][1]:5.2f}x whole"
             print(
-                f"B={B}  {way:42s} {rate[way]:7.1f} tokens/s  prompt and a token {1e3 * first:6.1f} ms  "
+                f"B={B}  {way:12s} {rate[way]:7.1f} tokens/s  prompt and a token {1e3 * first:6.1f} ms  "
                 f"whole call {1e3 * whole:7.1f} ms  {'' if way == 'llmfast' else ratios}",
                 flush=True,
             )

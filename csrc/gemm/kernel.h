@@ -5,6 +5,7 @@
 //   LeftPanel                    kRows rows of A: packed, or (takes_rows, takes_columns) float32 values of A itself
 //   kDepthInL1                   kc: depth of a B sub-panel that stays in L1
 //   kBlockBytes                  how much packed A may occupy in L2
+//   kFewRowsOfBlock              rows of A below which B's panels are packed when needed, by parts of the depth
 //   rows_worth_a_thread(K)       rows of A worth a thread of their own; with fewer, threads share the columns
 //   kFewRows                     most rows of A for which few_rows.h is faster than packing, whatever they are
 //   kFewRowsInBlock              whether it is so for all that are one block in L2, too

@@ -21,6 +21,7 @@ struct Kernel {
   static constexpr bool kFewRowsInBlock = true;
   static constexpr int64_t kDepthInL1 = 512;
   static constexpr int64_t kBlockBytes = 1100 << 10;
+  static constexpr int64_t kFewRowsOfBlock = 16 * kRows;
   static_assert(kRows == kBlock && kCols == kBlock && kDepth == kBlock);
 
   static bool supports(DType dtype) { return dtype == DType::bf16; }

@@ -19,6 +19,7 @@ struct Kernel {
   static constexpr bool kFewRowsInBlock = false;
   static constexpr int64_t kDepthInL1 = 768;
   static constexpr int64_t kBlockBytes = 512 << 10;
+  static constexpr int64_t kFewRowsOfBlock = 16 * kRows;
 
   static bool supports(DType dtype) { return dtype == DType::bf16; }
   static int64_t rows_worth_a_thread(int64_t) { return 16 * kRows; }

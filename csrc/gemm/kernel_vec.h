@@ -89,6 +89,7 @@ struct Kernel {
   static constexpr bool kFewRowsInBlock = false;
   static constexpr int64_t kDepthInL1 = 256;
   static constexpr int64_t kBlockBytes = Vec::kRegisters == 32 ? 640 << 10 : 256 << 10;
+  static constexpr int64_t kFewRowsOfBlock = kRows == 6 ? 288 : 16 * kRows;  // 6 rows: 1.1 to 1.35 times as fast from 128 on
   static_assert(kRows * kVecs + kVecs + 1 <= Vec::kRegisters);
 
   static bool supports(DType) { return true; }

@@ -22,12 +22,14 @@ inline const float* as_float(const TensorView& v, float* buffer) {
 // additions does not depend on their number; rows go four at a time, in stretches long enough for the prefetchers.
 template <class T>
 void column_sums(const T* x, int64_t row_stride, int64_t col_stride, int64_t M, int64_t N, const TensorView& sums) {
-  constexpr int64_t kColumns = 512, kRows = 4;  // accumulators of a column block stay in L1
+  constexpr int64_t kColumns = 512, kFewColumns = 128, kRows = 4;  // accumulators of a column block stay in L1
+  // narrower where there would not be one for each thread
+  const int64_t columns = N >= kColumns * omp_get_max_threads() ? kColumns : kFewColumns;
   visit_float(sums.dtype, [&](auto type) {
     auto* out = sums.as<decltype(type)>();
-    parallel_for((N + kColumns - 1) / kColumns, 1 + (int64_t{1} << 14) / (kColumns * (M + 1)), [&](int64_t first, int64_t last) {
-      for (int64_t n0 = first * kColumns; n0 < last * kColumns && n0 < N; n0 += kColumns) {
-        const int64_t count = N - n0 < kColumns ? N - n0 : kColumns;
+    parallel_for((N + columns - 1) / columns, 1 + (int64_t{1} << 14) / (columns * (M + 1)), [&](int64_t first, int64_t last) {
+      for (int64_t n0 = first * columns; n0 < last * columns && n0 < N; n0 += columns) {
+        const int64_t count = N - n0 < columns ? N - n0 : columns;
         float acc[kColumns + Vec::kLanes] = {};
         int64_t m = 0;
         for (; col_stride == 1 && m + kRows <= M; m += kRows) {
@@ -39,7 +41,11 @@ void column_sums(const T* x, int64_t row_stride, int64_t col_stride, int64_t M, 
         }
         for (; m < M; ++m) {
           const T* row = x + m * row_stride + n0 * col_stride;
-          for (int64_t i = 0; i < count; ++i) acc[i] += to_float(row[i * col_stride]);
+          if (col_stride == 1) {
+            for_each_vec(count, [&](int64_t i, auto lanes) { (Vec::load(acc + i) + lanes.load(row + i)).store(acc + i); });
+          } else {
+            for (int64_t i = 0; i < count; ++i) acc[i] += to_float(row[i * col_stride]);
+          }
         }
         for_each_vec(count, [&](int64_t i, auto lanes) { lanes.store(Vec::load(acc + i), out + n0 + i); });
       }

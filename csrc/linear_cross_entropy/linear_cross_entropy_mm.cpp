@@ -105,7 +105,9 @@ void linear_cross_entropy_forward(const LinearCrossEntropyParams& p) {
     const LogSumExpEpilogue epilogue{rows, target, v};
     if (few) {
       gemm(matrix(p.x), weight, {M, count, C}, StoreEpilogue<float>{logits, most, nullptr});
-      for (int64_t m = 0; m < M; ++m) epilogue.row(logits + m * most, m, 0, count);
+      parallel_for(M, 1 + (int64_t{1} << 13) / count, [&](int64_t begin, int64_t end) {
+        for (int64_t m = begin; m < end; ++m) epilogue.row(logits + m * most, m, 0, count);
+      });
       continue;
     }
     pack_b(packed, weight, count, C);
@@ -133,10 +135,11 @@ void linear_cross_entropy_backward(const LinearCrossEntropyBackwardParams& p) {
     T* d_logits = workspace<T>(Slot::hidden, M * most);
     const bool few = M <= Kernel::kFewRows;
     // x as the right operand of grad_weight is the same for every chunk: packed once, beside the chunk's own weights
-    const int64_t packed_x_size = few ? 0 : p.grad_weight.defined ? round_up(packed_b_elements(C, M), 64) : 0;
+    const bool packs_x = p.grad_weight.defined && !few;
+    const int64_t packed_x_size = packs_x ? round_up(packed_b_elements(C, M), 64) : 0;
     auto* packed_x = workspace<Kernel::Packed>(Slot::staging, packed_x_size + (few ? 0 : packed_b_elements(most, C)) + 64);
     auto* packed_weight = packed_x + packed_x_size;
-    if (p.grad_weight.defined && !few) pack_b(packed_x, matrix(p.x), C, M);
+    if (packs_x) pack_b(packed_x, matrix(p.x), C, M);
     float* sum_x = p.grad_x.defined ? workspace<float>(Slot::reduction, M * C) : nullptr;
 
     for (int64_t v = 0; v < V; v = chunk_end(v, V)) {

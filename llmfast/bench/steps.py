@@ -232,10 +232,8 @@ class _Match:
         workers: dict[str, _Worker] = {}
         postponed: list[str] = []
         try:
-            for name, spec in specs.items():
-                workers[name] = _Worker(
-                    spec, self.timeout
-                )  # all of them start at once: imports and weights take seconds
+            for name, spec in specs.items():  # all of them start at once: imports and weights take seconds
+                workers[name] = _Worker(spec, self.timeout)
             self.progress(f"{self.case.label}: starting")
             for name in list(workers):
                 self._guard(workers, name, lambda worker, entry: worker.ask(None, STARTING))
@@ -286,9 +284,8 @@ class _Match:
         for i, name in enumerate(order):
             if name in workers:
                 self.progress(f"{self.case.label}: step {i + 1} of {len(order)}, {name}")
-                self._guard(
-                    workers, name, lambda worker, entry, taken=self.samples[name]: _take(worker, taken, entry["losses"])
-                )
+                taken = self.samples[name]
+                self._guard(workers, name, lambda worker, entry, taken=taken: _take(worker, taken, entry["losses"]))
         _check_losses(self.found, _tolerance(self.case))  # slow providers took one step before: now there are more
 
 
