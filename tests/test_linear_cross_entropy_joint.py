@@ -20,6 +20,7 @@ def calls(op: str) -> int:
 @pytest.fixture(autouse=True)
 def _however_small(monkeypatch):
     monkeypatch.setattr(joint, "LEAST_WORK", 0)
+    monkeypatch.setattr(joint, "FEWEST_CLASSES", 0)
 
 
 @pytest.fixture
@@ -74,6 +75,10 @@ def test_when_it_is_used(monkeypatch):
     llmfast.linear_cross_entropy(x, weight, target).backward()
     assert calls("linear_cross_entropy_joint") == before
     monkeypatch.setattr(joint, "LEAST_WORK", 6 * 8 * 20)
+    monkeypatch.setattr(joint, "FEWEST_CLASSES", 21)
+    llmfast.linear_cross_entropy(x, weight, target).backward()
+    assert calls("linear_cross_entropy_joint") == before
+    monkeypatch.setattr(joint, "FEWEST_CLASSES", 20)
     llmfast.linear_cross_entropy(x, weight, target).backward()
     assert calls("linear_cross_entropy_joint") == before + 1
 

@@ -17,8 +17,10 @@ __all__ = ["is_worthwhile", "linear_cross_entropy_joint"]
 # packings of the weight, as much time as the products of some 90 rows: hence the fewest rows, whatever the vocabulary.
 BLOCK_LOGITS = 1 << 25
 FEWEST_ROWS = 256
-# Products, in multiplications, from which one pass pays for its calls: below, two passes in one native call are faster.
-LEAST_WORK = 1 << 21
+# One pass packs x twice, where two passes in one native call compute the logits twice: the logits of few classes, or of
+# little work (in multiplications), are the cheaper ones.
+FEWEST_CLASSES = 80
+LEAST_WORK = 1 << 22
 # float32 sums for bfloat16 gradients of the weight, which several blocks need: 1 GiB, beyond it two passes are taken.
 MOST_SUMS = 1 << 28
 # The kernel counts classes in float32.
@@ -42,6 +44,7 @@ def is_worthwhile(x: torch.Tensor, weight: torch.Tensor, reduction: str) -> bool
         reduction != "none"
         and torch.is_grad_enabled()
         and x.numel() * weight.shape[0] >= max(1, LEAST_WORK)
+        and weight.shape[0] >= FEWEST_CLASSES
         and (x.requires_grad or weight.requires_grad)
         and x.device.type == "cpu"
         and x.dtype != torch.float16
