@@ -71,7 +71,8 @@ def use_device(which: str, arch: str, monkeypatch) -> str:
     monkeypatch.setattr(backend, "native_for", lambda tensor: module)
     losses = sys.modules["llmfast.ops.linear_cross_entropy"]  # the package has a function of that name
     monkeypatch.setattr(losses, "is_worthwhile", lambda *_: False)  # the CPU's kernel
-    monkeypatch.setattr(gpt, "fused_block", lambda *_: None)  # the CPU's
+    for name in ("fused_block", "fused_stack"):  # the CPU's
+        monkeypatch.setattr(gpt, name, lambda *_: None)
     monkeypatch.setattr(optim, "_step_on_cpu", optim._step_on_gpu)
     monkeypatch.setattr(optim, "_squares_on_cpu", optim._squares_on_gpu)
     return "cpu"

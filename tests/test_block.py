@@ -1,12 +1,16 @@
 """A block in one native call against its modules, one by one: values, gradients, caches, and when it steps aside."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import llmfast
 from llmfast.models import GPT, GPTConfig
-from llmfast.nn.block import fused_block
+from llmfast.models.gpt import Block
+from llmfast.nn.block import fused_block, fused_stack
 
 FAMILIES = {
     "gpt2": {"norm": "layer_norm", "position": "learned", "activation": "gelu_tanh", "bias": True},
@@ -41,7 +45,8 @@ def make(family: str, dtype=torch.float32, **changes) -> GPT:
 
 def by_modules(monkeypatch) -> None:
     """Makes every block call its modules."""
-    monkeypatch.setattr("llmfast.models.gpt.fused_block", lambda *_: None)
+    for name in ("fused_block", "fused_stack"):
+        monkeypatch.setattr(f"llmfast.models.gpt.{name}", lambda *_: None)
 
 
 def losses_and_gradients(model: GPT, **arguments):
@@ -217,3 +222,142 @@ def test_norms_replaced_between_calls(monkeypatch):
 def test_masks_that_do_not_fit_are_named(mask):
     with pytest.raises((ValueError, TypeError), match="mask: got"):
         make("gpt2")(torch.ones(1, 4, dtype=torch.int64), mask=mask)
+
+
+def stack(model: GPT, **options) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """What `fused_stack` makes of three tokens."""
+    with torch.no_grad():
+        x = model.embedding(torch.ones(1, 3, dtype=torch.int64), torch.arange(3))
+        rotary = model._rotary_at(torch.arange(3)) if model.config.position == "rotary" else None
+        return fused_stack(model, Block, x, rotary, options.get("mask"), None, options.get("caches"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stack_equals_its_blocks(family, dtype, isa, monkeypatch):
+    """All blocks in one call, without gradients: the same bits, with and without masks, documents and caches."""
+    model = make(family, dtype)
+    ids = torch.randint(31, (2, 11), generator=torch.Generator().manual_seed(6))
+    mask = torch.rand(2, 1, 11, 11, generator=torch.Generator().manual_seed(7)) < 0.8
+    bounds = torch.tensor([0, 5, 5, 12, 22], dtype=torch.int32)
+
+    def results():
+        caches = model.caches(11)
+        with torch.no_grad():
+            return (
+                model(ids),
+                model(ids, mask=mask),
+                model(ids, cu_seqlens=bounds),
+                *(model(ids[:, a:b], mask=mask[:, :, a:b, :b], caches=caches) for a, b in ((0, 9), (9, 10), (10, 11))),
+                *(cache.k for cache in caches),
+            )
+
+    assert stack(model) is not None
+    found = results()
+    monkeypatch.setattr("llmfast.models.gpt.fused_stack", lambda *_: None)
+    for ours, expected in zip(found, results(), strict=True):
+        assert torch.equal(ours, expected)
+
+
+def other_forward(module: torch.nn.Module) -> None:
+    """As accelerate's hooks do it."""
+    forward = module.forward
+    module.forward = lambda *arguments: forward(*arguments)
+
+
+CHANGES = {
+    "hook of a block": lambda model: model.blocks[1].register_forward_hook(lambda *_: None),
+    "hook within a block": lambda model: model.blocks[1].ffn.up.register_forward_pre_hook(lambda *_: None),
+    "another forward": lambda model: other_forward(model.blocks[1].attention.out),
+    "another forward of a block": lambda model: other_forward(model.blocks[0]),
+    "replaced": lambda model: setattr(model.blocks[1].ffn, "down", Doubled(72, 48)),
+    "another class": lambda model: setattr(model.blocks[1].ffn.up, "__class__", Doubled),
+    "block of another class": lambda model: model.blocks.__setitem__(0, torch.nn.Identity()),
+    "dtype of a weight": lambda model: model.blocks[1].ffn.up.to(torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["at first", "after a call"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_stack_steps_aside(change, before):
+    model = make("gpt2")
+    if before:
+        assert stack(model) is not None
+    CHANGES[change](model)
+    if change == "block of another class":
+        with torch.no_grad(), pytest.raises(KeyError):
+            stack(model)
+    else:
+        assert stack(model) is None
+
+
+def test_stack_steps_aside_for_gradients():
+    model = make("gpt2")
+    x = model.embedding(torch.ones(1, 3, dtype=torch.int64), torch.arange(3))
+    assert fused_stack(model, Block, x, None, None, None, None) is None
+
+
+def pruned(model: GPT) -> None:
+    model.blocks = torch.nn.ModuleList([model.blocks[1]])
+
+
+@torch.no_grad()
+def other_memory(model: GPT) -> None:
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 0.5
+
+
+FOLLOWED = {
+    "weights in place": lambda model: model.blocks[0].ffn.up.weight.data.mul_(2),
+    "weights in other memory": other_memory,
+    "another parameter": lambda model: setattr(
+        model.blocks[0].ffn.up, "weight", torch.nn.Parameter(torch.ones(72, 48))
+    ),
+    "another bias": lambda model: setattr(model.blocks[0].ffn.up, "bias", torch.nn.Parameter(torch.ones(72))),
+    "epsilon": lambda model: setattr(model.blocks[1].ffn_norm, "eps", 0.5),
+    "window": lambda model: setattr(model.blocks[1].attention, "window", 2),
+    "activation": lambda model: setattr(model.blocks[1].ffn, "activation", "relu"),
+    "blocks left out": pruned,
+    "blocks in other order": lambda model: setattr(model, "blocks", torch.nn.ModuleList(reversed(model.blocks))),
+    "a block replaced": lambda model: model.blocks.__setitem__(0, copy.deepcopy(model.blocks[1])),
+    "all in another dtype": lambda model: model.bfloat16(),
+}
+
+
+@pytest.mark.parametrize("change", FOLLOWED)
+def test_stack_follows_the_model(change, monkeypatch):
+    """What it keeps of a model is looked at again where the model has changed."""
+    model, ids = make("gpt2"), torch.randint(31, (1, 9), generator=torch.Generator().manual_seed(8))
+    with torch.no_grad():
+        before = model(ids)
+        FOLLOWED[change](model)
+        assert stack(model) is not None
+        after = model(ids)
+        by_modules(monkeypatch)
+        torch.testing.assert_close(after, model(ids), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_copies_keep_nothing(how):
+    model, ids = make("gpt2"), torch.ones(1, 5, dtype=torch.int64)
+    with torch.no_grad():
+        expected = model(ids)
+        copied = how(model)
+        with_other_weights = how(model)
+        with_other_weights.blocks[0].ffn.up.weight.mul_(2)
+        assert torch.equal(copied(ids), expected)
+        assert not torch.equal(with_other_weights(ids), expected)
+        assert torch.equal(model(ids), expected)
+
+
+def test_stack_with_caches_of_different_lengths(monkeypatch):
+    """Left to the blocks, each of which knows its own."""
+    model = make("llama")
+    caches = model.caches(8)
+    assert stack(model, caches=caches) is not None
+    caches[1].length = 1
+    assert stack(model, caches=caches) is None
+    assert [cache.length for cache in caches] == [3, 1]

@@ -1,3 +1,5 @@
+#include <vector>
+
 #include "attention/attention.h"
 #include "bindings/run.h"
 #include "bindings_cpu/bindings.h"
@@ -16,6 +18,69 @@ BlockWeights read_weights(const py::tuple& tensors) {
   return weights;
 }
 
+// A tensor that is not the CPU's or of another dtype than the rest: false.
+bool try_read_weights(const py::tuple& tensors, BlockWeights* weights) {
+  require(tensors.size() == kBlockWeights, "weights: expected one tensor or None for each of a block's parameters");
+  auto* view = reinterpret_cast<TensorView*>(weights);
+  for (py::handle tensor : tensors) {
+    if (!tensor.is_none() && !(try_read_tensor(tensor.ptr(), view) && view->dtype == weights->norm1.dtype)) return false;
+    ++view;
+  }
+  return true;
+}
+
+// Whether all of `watch` is as it was (see _watch in llmfast/nn/block.py). Nothing here runs Python code.
+bool unchanged(const py::tuple& watch) {
+  const Py_ssize_t size = PyTuple_GET_SIZE(watch.ptr());
+  require(size % 3 == 0, "watch: expected triples");
+  for (Py_ssize_t i = 0; i < size; i += 3) {
+    PyObject *of = PyTuple_GET_ITEM(watch.ptr(), i), *key = PyTuple_GET_ITEM(watch.ptr(), i + 1);
+    PyObject* expected = PyTuple_GET_ITEM(watch.ptr(), i + 2);
+    if (key == Py_None) {
+      if (reinterpret_cast<PyObject*>(Py_TYPE(of)) != expected) return false;
+      continue;
+    }
+    require(PyDict_Check(of), "watch: expected a dict");
+    if (PyUnicode_Check(key)) {
+      PyObject* found = PyDict_GetItemWithError(of, key);
+      if (found != (expected == Py_Ellipsis ? nullptr : expected)) return false;
+    } else if (PyDict_Size(of) != PyLong_AsSsize_t(key)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// A model's blocks one after the other, each on what the one before gave, in `out` and `stream_out`; false: nothing was done,
+// a weight is not a plain one of its model's dtype. layers: (settings, weights) of each; extras: cos, sin, mask,
+// cu_seqlens; caches: (k, v) of each, or nothing.
+bool blocks_forward(const py::tuple& layers, const TensorView& x, const py::tuple& extras, const py::tuple& caches,
+                    int64_t cached, const TensorView& out, const TensorView& stream_out) {
+  const auto extra = [&](int i) { return extras[i].cast<TensorView>(); };
+  BlockInputs inputs{x, {}, extra(0), extra(1), extra(2), extra(3), {}, {}, cached};
+  std::vector<BlockParams> blocks;
+  blocks.reserve(layers.size());
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const py::tuple layer = layers[i];
+    if (i > 0) {
+      inputs.x = out;
+      inputs.stream = stream_out;
+    }
+    if (!caches.empty()) {
+      const py::tuple cache = caches[i];
+      inputs.cache_k = cache[0].cast<TensorView>();
+      inputs.cache_v = cache[1].cast<TensorView>();
+    }
+    blocks.push_back({layer[0].cast<const BlockSettings&>(), {}, inputs, out, stream_out, {}});
+    if (!try_read_weights(layer[1], &blocks.back().weights) || blocks[i].weights.qkv.dtype != out.dtype) return false;
+  }
+  prepare(out);
+  prepare(stream_out);
+  py::gil_scoped_release release;
+  for (const BlockParams& block : blocks) block_forward(block);
+  return true;
+}
+
 BlockInputs read_inputs(const py::tuple& tensors, int64_t cached) {
   const auto at = [&](int i) { return tensors[i].cast<TensorView>(); };
   require(tensors.size() == 8, "inputs: expected x, stream, cos, sin, mask, cu_seqlens, cache_k, cache_v");
@@ -31,6 +96,8 @@ void bind_block(py::module_& m) {
         return BlockSettings{heads, kv_heads, head_dim, left.is_none() ? kUnbounded : left.cast<int64_t>(), centred, eps1,
                              eps2, eps_qk, scale, static_cast<Activation>(activation)};
       }));
+  m.def("unchanged", &unchanged);
+  m.def("blocks_forward", &blocks_forward);
   m.def("block_saved_bytes", [](const BlockSettings& settings, const py::tuple& weights, const py::tuple& inputs) {
     return block_saved_bytes(settings, read_weights(weights), read_inputs(inputs, 0));
   });

@@ -4,8 +4,9 @@
 // It has no arithmetic of its own: what it saves is the cost of making these calls from Python, which is a fifth of a
 // small model's training step and most of a decoding step. Intermediates that the backward pass reads lie in one buffer,
 // `saved`, whose size saved_bytes() gives; the other scratch is the workspace's.
-// x, out: [B,T,C]; stream, stream_out: [B,T,C] of the stream's dtype. All are contiguous; weights share one dtype. With a
-// cache, keys and values of the T new tokens are written behind the `cached` ones and attention reads all of them.
+// x, out: [B,T,C]; stream, stream_out: [B,T,C] of the stream's dtype. All are contiguous; weights share one dtype. Without
+// `saved`, out may be x and stream_out stream: the first norm reads both before either is written. With a cache, keys and
+// values of the T new tokens are written behind the `cached` ones and attention reads all of them.
 #pragma once
 #include "core/types.h"
 #include "ffn/ffn.h"

@@ -17,7 +17,7 @@ from llmfast import ops
 from llmfast.models.config import PRESETS, GPTConfig
 from llmfast.models.rotary import rotary_frequencies
 from llmfast.nn import FFN, AddLayerNorm, AddRMSNorm, Embedding, KVCache, Linear, SelfAttention
-from llmfast.nn.block import fused_block
+from llmfast.nn.block import fused_block, fused_stack, without_plan
 
 __all__ = ["GPT", "Block"]
 
@@ -57,8 +57,7 @@ class Block(nn.Module):
         return self.ffn(normed), stream
 
     def __getstate__(self) -> dict:
-        """For copies and pickles: without what `fused_block` keeps here, which can be made again."""
-        return {name: value for name, value in self.__dict__.items() if name != "_native_settings"}
+        return without_plan(self.__dict__)
 
 
 class GPT(nn.Module):
@@ -220,6 +219,13 @@ class GPT(nn.Module):
         rotary = self._rotary_at(position_ids) if self.config.position == "rotary" else None
 
         x: Tensor = self.embedding(input_ids, position_ids)
+        done = fused_stack(self, Block, x, rotary, mask, cu_seqlens, caches)
+        x, stream = done or self._block_by_block(x, rotary, mask, cu_seqlens, caches)
+        if last_only:
+            x, stream = x[:, -1:], stream[:, -1:]
+        return self.norm(x, stream)[0]
+
+    def _block_by_block(self, x: Tensor, rotary, mask, cu_seqlens, caches) -> tuple[Tensor, Tensor]:
         stream = None
         for i, block in enumerate(self.blocks):
             arguments = (x, stream, rotary, mask, cu_seqlens, caches[i] if caches else None)
@@ -227,9 +233,10 @@ class GPT(nn.Module):
                 x, stream = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 x, stream = block(*arguments)
-        if last_only:
-            x, stream = x[:, -1:], stream[:, -1:]
-        return self.norm(x, stream)[0]
+        return x, stream
+
+    def __getstate__(self) -> dict:
+        return without_plan(self.__dict__)
 
     def generate(self, input_ids: Tensor, *, max_new_tokens: int, **options) -> Tensor:
         """Continues ``[B, T]`` by up to `max_new_tokens`; see `llmfast.generate.generate` for the options."""

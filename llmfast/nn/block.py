@@ -5,8 +5,12 @@ arguments, allocates, and makes a graph node. Here a block is one native call (c
 and values land in the one tensor that the projection's backward pass reads (no concatenation), and the stream's gradient
 is summed where a norm passes over it anyway. The kernels and their order are those of the modules.
 
-`fused_block` declines whatever could tell the difference (hooks, replaced or parametrised modules, `torch.compile`,
-autocast, dispatch modes, other devices); the modules then run one by one.
+Without gradients, `fused_stack` does so for all blocks of a model: beside weights that stream through the caches, what
+Python touches for a block comes from memory each time, and cost a fifth of a small model's token.
+
+Both decline whatever could tell the difference (hooks, replaced or parametrised modules, `torch.compile`, autocast,
+dispatch modes, other devices); the modules then run one by one. What they found out about a block they keep, with a list of
+all that it depends on, which native code compares at every call.
 """
 
 from __future__ import annotations
@@ -24,10 +28,19 @@ from llmfast.ops._native_op import _plain_eager, first_derivative
 from llmfast.ops.attention import broadcasts
 from llmfast.ops.ffn import ACTIVATIONS
 
-__all__ = ["fused_block"]
+__all__ = ["fused_block", "fused_stack", "without_plan"]
 
 _NORMS = (AddLayerNorm, AddRMSNorm)
 _MASKS = (torch.bool, torch.float32, torch.bfloat16, torch.float16)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_SETTINGS = (
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "window",
+    "eps",
+    "activation",
+)  # attributes of modules, where they have them
 
 
 class Weights(NamedTuple):
@@ -50,6 +63,25 @@ class Weights(NamedTuple):
     down_bias: Tensor | None
 
 
+class Plan(NamedTuple):
+    """What native code has to know of a block, valid while `watch` holds (see `_watch`)."""
+
+    watch: tuple
+    settings: object  # BlockSettings
+    weights: Weights
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+class StackPlan(NamedTuple):
+    """The same of all blocks of a model."""
+
+    watch: tuple
+    layers: tuple[tuple[object, Weights], ...]
+    blocks: tuple[Plan, ...]
+
+
 def fused_block(
     block: nn.Module,
     x: Tensor,
@@ -64,16 +96,13 @@ def fused_block(
     `block` has the submodules attention_norm, attention, ffn_norm and ffn, as `llmfast.models.Block` has; see there for
     the arguments, ``[B, T, C]``.
     """
-    if torch.compiler.is_compiling() or not x.is_cpu or torch.is_autocast_enabled("cpu") or _has_any_global_hook():
+    if not _plain_input(x) or (cache is not None and type(cache) is not KVCache):
         return None
-    if cache is not None and type(cache) is not KVCache:
-        return None
-    weights = _weights(block)
-    if weights is None or x.numel() == 0 or not x.is_contiguous():
-        return None
+    plan = _block_plan(block)
     cos, sin = rotary or (None, None)
-    if not _plain_eager((x, stream, cos, sin, mask, *weights)):
+    if plan is None or not _plain_eager((x, stream, cos, sin, mask)):
         return None
+    weights = plan.weights
     dtype, differentiable = weights.qkv.dtype, False
     for tensor in weights:
         if tensor is not None:
@@ -87,28 +116,138 @@ def fused_block(
         return None
     B, T, _ = x.shape
     cached = 0 if cache is None else cache.length
-    if mask is not None:
-        full = (B, block.attention.heads, T, cached + T)
-        if mask.dim() > 4 or mask.dtype not in _MASKS or not broadcasts(mask.shape, full):
-            return None  # the op says what is wrong with it
-        mask = mask.expand(full)
+    if mask is not None and (mask := _expanded(mask, (B, plan.heads, T, cached + T))) is None:
+        return None
     extras = (cos, sin, mask, cu_seqlens)
     if differentiable:
-        return _BlockFunction.apply(_settings(block), extras, x, stream, *weights)
+        return _BlockFunction.apply(plan.settings, extras, x, stream, *weights)
     out = torch.empty_like(x) if x.dtype == dtype else torch.empty_like(x, dtype=dtype)
     stream_out = torch.empty_like(x if stream is None else stream)
     k = v = None
     if cache is not None:
-        attention = block._modules["attention"]
-        k, v = cache.reserve(B, attention.kv_heads, T, attention.head_dim, out)
-    backend.native().block_forward(_settings(block), weights, (x, stream, *extras, k, v), cached, out, stream_out, None)
+        k, v = cache.reserve(B, plan.kv_heads, T, plan.head_dim, out)
+    backend.native().block_forward(plan.settings, weights, (x, stream, *extras, k, v), cached, out, stream_out, None)
     if cache is not None:
         cache.length += T
     return out, stream_out
 
 
-def _weights(block: nn.Module) -> Weights | None:
-    """The parameters, if every submodule is of the class that we know and nobody hooked into it."""
+def fused_stack(
+    model: nn.Module,
+    kind: type,
+    x: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    caches: list[KVCache] | None,
+) -> tuple[Tensor, Tensor] | None:
+    """`fused_block` of all of ``model.blocks``, one after the other, without gradients: what the last one returns.
+
+    None where a block is not exactly a `kind`, or has to be called by itself for another reason.
+    """
+    if torch.is_grad_enabled() or not _plain_input(x):
+        return None
+    plan = _stack_plan(model, kind)
+    cos, sin = rotary or (None, None)
+    if plan is None or not _plain_eager((x, cos, sin, mask)):
+        return None
+    B, T, _ = x.shape
+    cached = caches[0].length if caches else 0
+    if caches is not None and not (
+        len(caches) == len(plan.blocks) and all(type(c) is KVCache and c.length == cached for c in caches)
+    ):
+        return None
+    if mask is not None:
+        heads = plan.blocks[0].heads
+        mask = _expanded(mask, (B, heads, T, cached + T)) if all(b.heads == heads for b in plan.blocks) else None
+        if mask is None:
+            return None
+    dtype = plan.blocks[0].weights.qkv.dtype
+    out, stream_out = torch.empty_like(x, dtype=dtype), torch.empty_like(x)
+    buffers = ()
+    if caches is not None:
+        buffers = tuple(c.reserve(B, b.kv_heads, T, b.head_dim, out) for c, b in zip(caches, plan.blocks))
+    extras = (cos, sin, mask, cu_seqlens)
+    if not backend.native().blocks_forward(plan.layers, x, extras, buffers, cached, out, stream_out):
+        return None
+    for cache in caches or ():
+        cache.length += T
+    return out, stream_out
+
+
+def without_plan(state: dict) -> dict:
+    """A module's ``__dict__`` without what is kept here, for copies and pickles: it can be made again."""
+    return {name: value for name, value in state.items() if name != "_plan"}
+
+
+def _plain_input(x: Tensor) -> bool:
+    """Whether x and the state that torch is in allow a native call."""
+    return not (
+        torch.compiler.is_compiling()
+        or not x.is_cpu
+        or torch.is_autocast_enabled("cpu")
+        or _has_any_global_hook()
+        or x.numel() == 0
+        or not x.is_contiguous()
+    )
+
+
+def _expanded(mask: Tensor, shape: tuple[int, int, int, int]) -> Tensor | None:
+    """None: the op says what is wrong with it."""
+    if mask.dim() > 4 or mask.dtype not in _MASKS or not broadcasts(mask.shape, shape):
+        return None
+    return mask.expand(shape)
+
+
+def _block_plan(block: nn.Module) -> Plan | None:
+    """The plan kept in `block`, made anew where something in it has changed; None: its modules have to be called."""
+    plan = block.__dict__.get("_plan")
+    if plan is None or not backend.native().unchanged(plan.watch):
+        plan = block.__dict__["_plan"] = _make_plan(block)
+    return plan
+
+
+def _stack_plan(model: nn.Module, kind: type) -> StackPlan | None:
+    plan = model.__dict__.get("_plan")
+    if plan is not None and backend.native().unchanged(plan.watch):
+        return plan
+    blocks = model.blocks
+    found = [_block_plan(block) for block in blocks]
+    if not found or None in found or any(type(b) is not kind or _has_hooks(b) for b in blocks):
+        return None
+    watch = (model._modules, "blocks", blocks, *_watch([blocks, *blocks]))
+    for plan in found:
+        watch += plan.watch
+    plan = StackPlan(watch, tuple((p.settings, p.weights) for p in found), tuple(found))
+    model.__dict__["_plan"] = plan
+    return plan
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, hooks) for hooks in _HOOKS) or "forward" in module.__dict__
+
+
+def _watch(modules: list[nn.Module]) -> tuple:
+    """All that a plan of these modules depends on, for ``native.unchanged``: a flat tuple of (dict, key, its value),
+    (dict, key, ...) for a key that is not there, (dict, size, None), and (object, None, its type)."""
+    found: list = []
+    for module in modules:
+        state = module.__dict__
+        found += (module, None, type(module), state, "forward", ...)
+        for hooks in _HOOKS:
+            found += (state[hooks], 0, None)
+        for content in (module._modules, module._parameters):
+            found += (content, len(content), None)
+            for name, value in content.items():
+                found += (content, name, value)
+        for name in _SETTINGS:
+            if name in state:
+                found += (state, name, state[name])
+    return tuple(found)
+
+
+def _make_plan(block: nn.Module) -> Plan | None:
+    """If every submodule is of a class that we know, nobody hooked into it, and its parameters are plain."""
     modules = block._modules
     norm1, attention, norm2, ffn = (modules[n] for n in ("attention_norm", "attention", "ffn_norm", "ffn"))
     if type(norm1) not in _NORMS or type(norm2) is not type(norm1):
@@ -129,11 +268,11 @@ def _weights(block: nn.Module) -> Weights | None:
     for linear in linears:
         if linear is not None and type(linear) is not Linear:
             return None
-    for m in (norm1, attention, q_norm, k_norm, norm2, ffn, *linears):
-        if m is not None and (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks):
-            return None
+    parts = [m for m in (norm1, attention, q_norm, k_norm, norm2, ffn, *linears) if m is not None]
+    if any(_has_hooks(part) for part in parts):
+        return None
     n1, n2, q, o, u, d = (m._parameters for m in (norm1, norm2, qkv, out, up, down))
-    return Weights(
+    weights = Weights(
         n1["weight"], n1.get("bias"), q["weight"], q["bias"],
         None if q_norm is None else q_norm._parameters["weight"],
         None if k_norm is None else k_norm._parameters["weight"],
@@ -141,13 +280,9 @@ def _weights(block: nn.Module) -> Weights | None:
         n2["weight"], n2.get("bias"), u["weight"], u["bias"], None if gate is None else gate._parameters["weight"],
         d["weight"], d["bias"],
     )  # fmt: skip
-
-
-def _settings(block: nn.Module):
-    """The native description of all in `block` that is not a tensor, made again only when that changes."""
-    modules = block._modules
-    attention, norm1, norm2 = modules["attention"], modules["attention_norm"], modules["ffn_norm"]
-    description = (
+    if not _plain_eager(weights):
+        return None
+    settings = backend.native().BlockSettings(
         attention.heads,
         attention.kv_heads,
         attention.head_dim,
@@ -155,14 +290,14 @@ def _settings(block: nn.Module):
         type(norm1) is AddLayerNorm,
         norm1.eps,
         norm2.eps,
-        0.0 if attention._modules.get("q_norm") is None else attention._modules["q_norm"].eps,
+        0.0 if q_norm is None else q_norm.eps,
         attention.head_dim**-0.5,
-        ACTIVATIONS.index(modules["ffn"].activation),
+        ACTIVATIONS.index(ffn.activation),
     )
-    made = block.__dict__.get("_native_settings")
-    if made is None or made[0] != description:
-        made = block.__dict__["_native_settings"] = description, backend.native().BlockSettings(*description)
-    return made[1]
+    watch = (modules, len(modules), None)
+    for name in ("attention_norm", "attention", "ffn_norm", "ffn"):
+        watch += (modules, name, modules[name])
+    return Plan(watch + _watch(parts), settings, weights, attention.heads, attention.kv_heads, attention.head_dim)
 
 
 class _BlockFunction(torch.autograd.Function):
