@@ -33,14 +33,7 @@ __all__ = ["fused_block", "fused_stack", "without_plan"]
 _NORMS = (AddLayerNorm, AddRMSNorm)
 _MASKS = (torch.bool, torch.float32, torch.bfloat16, torch.float16)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_SETTINGS = (
-    "heads",
-    "kv_heads",
-    "head_dim",
-    "window",
-    "eps",
-    "activation",
-)  # attributes of modules, where they have them
+_SETTINGS = ("heads", "kv_heads", "head_dim", "window", "eps", "activation")  # attributes, of modules that have them
 
 
 class Weights(NamedTuple):
