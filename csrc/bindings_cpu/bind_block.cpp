@@ -18,12 +18,12 @@ BlockWeights read_weights(const py::tuple& tensors) {
   return weights;
 }
 
-// A tensor that is not the CPU's or of another dtype than the rest: false.
-bool try_read_weights(const py::tuple& tensors, BlockWeights* weights) {
+// false: a tensor is not the CPU's, or of another dtype.
+bool try_read_weights(const py::tuple& tensors, DType dtype, BlockWeights* weights) {
   require(tensors.size() == kBlockWeights, "weights: expected one tensor or None for each of a block's parameters");
   auto* view = reinterpret_cast<TensorView*>(weights);
   for (py::handle tensor : tensors) {
-    if (!tensor.is_none() && !(try_read_tensor(tensor.ptr(), view) && view->dtype == weights->norm1.dtype)) return false;
+    if (!tensor.is_none() && !(try_read_tensor(tensor.ptr(), view) && view->dtype == dtype)) return false;
     ++view;
   }
   return true;
@@ -52,8 +52,8 @@ bool unchanged(const py::tuple& watch) {
 }
 
 // A model's blocks one after the other, each on what the one before gave, in `out` and `stream_out`; false: nothing was done,
-// a weight is not a plain one of its model's dtype. layers: (settings, weights) of each; extras: cos, sin, mask,
-// cu_seqlens; caches: (k, v) of each, or nothing.
+// a weight is not the CPU's or not of out's dtype. layers: (settings, weights, ...) of each; extras: cos, sin, mask, cu_seqlens;
+// caches: (k, v) of each, or nothing.
 bool blocks_forward(const py::tuple& layers, const TensorView& x, const py::tuple& extras, const py::tuple& caches,
                     int64_t cached, const TensorView& out, const TensorView& stream_out) {
   const auto extra = [&](int i) { return extras[i].cast<TensorView>(); };
@@ -72,7 +72,7 @@ bool blocks_forward(const py::tuple& layers, const TensorView& x, const py::tupl
       inputs.cache_v = cache[1].cast<TensorView>();
     }
     blocks.push_back({layer[0].cast<const BlockSettings&>(), {}, inputs, out, stream_out, {}});
-    if (!try_read_weights(layer[1], &blocks.back().weights) || blocks[i].weights.qkv.dtype != out.dtype) return false;
+    if (!try_read_weights(layer[1], out.dtype, &blocks.back().weights)) return false;
   }
   prepare(out);
   prepare(stream_out);

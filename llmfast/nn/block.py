@@ -59,9 +59,9 @@ class Weights(NamedTuple):
 class Plan(NamedTuple):
     """What native code has to know of a block, valid while `watch` holds (see `_watch`)."""
 
-    watch: tuple
     settings: object  # BlockSettings
     weights: Weights
+    watch: tuple
     heads: int
     kv_heads: int
     head_dim: int
@@ -70,9 +70,8 @@ class Plan(NamedTuple):
 class StackPlan(NamedTuple):
     """The same of all blocks of a model."""
 
-    watch: tuple
-    layers: tuple[tuple[object, Weights], ...]
     blocks: tuple[Plan, ...]
+    watch: tuple
 
 
 def fused_block(
@@ -161,7 +160,7 @@ def fused_stack(
     if caches is not None:
         buffers = tuple(c.reserve(B, b.kv_heads, T, b.head_dim, out) for c, b in zip(caches, plan.blocks))
     extras = (cos, sin, mask, cu_seqlens)
-    if not backend.native().blocks_forward(plan.layers, x, extras, buffers, cached, out, stream_out):
+    if not backend.native().blocks_forward(plan.blocks, x, extras, buffers, cached, out, stream_out):
         return None
     for cache in caches or ():
         cache.length += T
@@ -205,18 +204,20 @@ def _stack_plan(model: nn.Module, kind: type) -> StackPlan | None:
     if plan is not None and backend.native().unchanged(plan.watch):
         return plan
     blocks = model.blocks
+    if not blocks or any(type(block) is not kind or _is_hooked(block) for block in blocks):
+        return None
     found = [_block_plan(block) for block in blocks]
-    if not found or None in found or any(type(b) is not kind or _has_hooks(b) for b in blocks):
+    if None in found:
         return None
     watch = (model._modules, "blocks", blocks, *_watch([blocks, *blocks]))
     for plan in found:
         watch += plan.watch
-    plan = StackPlan(watch, tuple((p.settings, p.weights) for p in found), tuple(found))
-    model.__dict__["_plan"] = plan
+    plan = model.__dict__["_plan"] = StackPlan(tuple(found), watch)
     return plan
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def _is_hooked(module: nn.Module) -> bool:
+    """By torch's hooks, or by a forward of its own, as accelerate's are."""
     return any(getattr(module, hooks) for hooks in _HOOKS) or "forward" in module.__dict__
 
 
@@ -262,7 +263,7 @@ def _make_plan(block: nn.Module) -> Plan | None:
         if linear is not None and type(linear) is not Linear:
             return None
     parts = [m for m in (norm1, attention, q_norm, k_norm, norm2, ffn, *linears) if m is not None]
-    if any(_has_hooks(part) for part in parts):
+    if any(_is_hooked(part) for part in parts):
         return None
     n1, n2, q, o, u, d = (m._parameters for m in (norm1, norm2, qkv, out, up, down))
     weights = Weights(
@@ -290,7 +291,7 @@ def _make_plan(block: nn.Module) -> Plan | None:
     watch = (modules, len(modules), None)
     for name in ("attention_norm", "attention", "ffn_norm", "ffn"):
         watch += (modules, name, modules[name])
-    return Plan(watch + _watch(parts), settings, weights, attention.heads, attention.kv_heads, attention.head_dim)
+    return Plan(settings, weights, watch + _watch(parts), attention.heads, attention.kv_heads, attention.head_dim)
 
 
 class _BlockFunction(torch.autograd.Function):
