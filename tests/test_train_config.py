@@ -71,6 +71,13 @@ def test_unknown_schedule():
         ({"dtype": "float16"}, "dtype: got 'float16', expected one of auto, float32, bfloat16"),
         ({"warmup": 20, "steps": 10}, "warmup: got 20, expected less than the schedule's 10"),
         ({"heads": 5}, "heads: got 5, expected a divisor of width"),
+        ({"kv_heads": 0}, "kv_heads: got 0, expected a positive number"),
+        ({"head_dim": -2}, "head_dim: got -2, expected a positive number"),
+        ({"ffn_width": 0}, "ffn_width: got 0, expected a positive number"),
+        ({"window": 0}, "window: got 0, expected a positive number"),
+        ({"norm_eps": -1.0}, "norm_eps: got -1.0, expected a number from 0"),
+        ({"rotary_theta": math.nan}, "rotary_theta: got nan, expected a positive number"),
+        ({"seed": 2**63}, "seed: got 9223372036854775808, expected a number of 64 bits"),
         ({"seq_len": 128, "context": 64}, "seq_len: got 128, expected at most context = 64"),
     ],
 )

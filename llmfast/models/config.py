@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -92,6 +93,14 @@ class GPTConfig:
         for name in ("vocab_size", "context", "layers", "heads", "width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected a positive number")
+        for name in ("kv_heads", "ffn_width", "head_dim", "window"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: got {value}, expected a positive number")
+        if not 0 <= self.norm_eps < math.inf:
+            raise ValueError(f"norm_eps: got {self.norm_eps}, expected a number from 0")
+        if not 0 < self.rotary_theta < math.inf:
+            raise ValueError(f"rotary_theta: got {self.rotary_theta}, expected a positive number")
         if self.heads % self.Hkv:
             raise ValueError(f"kv_heads: got {self.kv_heads}, expected a divisor of heads = {self.heads}")
         if self.head_dim is None and self.width % self.heads:

@@ -179,6 +179,7 @@ class PretrainConfig:
         for name in ("warmup", "val_every", "sample_every", "save_every", "sample_tokens", "weight_decay", "clip"):
             value = getattr(self, name)
             self._require(name, value is None or 0 <= value < math.inf, "a number from 0")
+        self._require("seed", -(2**63) <= self.seed < 2**63, "a number of 64 bits")
         self._require("lr", 0 < self.lr < math.inf, "a positive number")
         self._require(
             "min_lr", self.min_lr is None or 0 <= self.min_lr <= self.lr, f"a number from 0 to lr = {self.lr}"
