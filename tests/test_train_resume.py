@@ -1,14 +1,16 @@
 """Interrupted, killed and resumed runs against uninterrupted ones: equal bit for bit."""
 
 import os
+import resource
 import signal
 
 import pytest
 import torch
+from rich.console import Console
 from training import assert_same_tensors, records, start_script, tensors, tiny_config, train
 
 from llmfast.cli import pretrain as cli
-from llmfast.train import read_metrics
+from llmfast.train import pretrain, read_metrics
 from llmfast.train.interrupt import StopRequest
 
 
@@ -130,6 +132,48 @@ def test_killed_while_saving(tmp_path):
     assert_same_tensors(tensors(resumed), tensors(whole))
     assert records(resumed.out_dir) == records(whole.out_dir)
     assert not list(checkpoints.glob(".*"))
+
+
+def test_interrupted_before_the_first_step(tmp_path, monkeypatch):
+    """Ctrl-C while the peak is measured, and a kill while environment.json is written: both can be started again."""
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    config = tiny_config(tmp_path, steps=5)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("llmfast.train.run.measure_peak_flops", interrupt)
+        pretrain(config, console=Console(quiet=True))
+    with pytest.raises(FileExistsError, match="--resume auto"):
+        train(config)
+    config.resume = "auto"
+    assert train(config).step == 5
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    (killed / ".environment.json.123.tmp").write_text("{")
+    assert train(tiny_config(tmp_path, steps=5, out=str(killed))).step == 5
+    assert not list(killed.glob("*.tmp"))
+
+
+def test_full_disk_while_saving(tmp_path):
+    """A limit on the size of files stands in for it: the step and the last good checkpoint are named, nothing is left
+    of the half-written one, and the run goes on from the good one."""
+    config = tiny_config(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(record):
+        if record["step"] == 7:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+
+    try:
+        with pytest.raises(OSError, match=r"step 10: .*step-000010 cannot be written .*last good .*step-000005"):
+            train(config, callback=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").glob("*step*")) == ["step-000005"]
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+    config.resume = "auto"
+    assert train(config).step == 20
 
 
 def test_second_signal_ends_at_once():

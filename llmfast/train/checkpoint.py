@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from llmfast.data import Tokenizer, load_tokenizer
@@ -73,12 +74,39 @@ def save_checkpoint(
     what is older than the last `keep` but not the best.
 
     `state` is JSON-able; ``state["best"]`` is None or ``{"step", "loss"}``. A checkpoint of the same step is replaced.
+
+    Raises:
+        OSError: it cannot be written (a full disk, say); what had been written of it is removed.
     """
     folder = run / FOLDER
     target = folder / checkpoint_name(state["step"])
     temporary = folder / f"{_TEMPORARY}{target.name}"
     _remove(temporary)
     temporary.mkdir(parents=True)
+    try:
+        _write(temporary, model, optimizer, tokenizer, state)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"{target} cannot be written ({error})") from error
+    if target.exists():  # of a run that was resumed from an earlier checkpoint
+        _remove(target)
+    os.rename(temporary, target)
+    _sync(folder)
+    point(run, "latest", target.name)
+    if state["best"] is not None and state["best"]["step"] == state["step"]:
+        point(run, "best", target.name)
+    _prune(folder, state, keep)
+    return target
+
+
+def _write(
+    temporary: Path,
+    model: GPT,
+    optimizer: torch.optim.Optimizer,
+    tokenizer: Tokenizer | None,
+    state: dict[str, Any],
+) -> None:
+    """Write all files of a checkpoint into the folder `temporary` and sync them to the disk."""
     weights, optimizer_tensors = _tensors(model, optimizer)
     save_file(weights, temporary / MODEL_FILE, metadata={"format": "pt"})
     save_file(optimizer_tensors, temporary / OPTIMIZER_FILE)
@@ -92,15 +120,6 @@ def save_checkpoint(
     write_json(temporary / CHECKSUMS_FILE, {file.name: _digest(file) for file in files})
     for path in (*files, temporary):
         _sync(path)
-    if target.exists():  # of a run that was resumed from an earlier checkpoint
-        _remove(target)
-    os.rename(temporary, target)
-    _sync(folder)
-    point(run, "latest", target.name)
-    if state["best"] is not None and state["best"]["step"] == state["step"]:
-        point(run, "best", target.name)
-    _prune(folder, state, keep)
-    return target
 
 
 def point(run: Path, pointer: str, name: str) -> None:

@@ -232,10 +232,13 @@ def _save(run: Run) -> None:
         "val_step": run.val_step,
         "best": run.best,
     }
-    run.checkpoint = save_checkpoint(
-        run.folder, model=run.model, optimizer=run.optimizer, tokenizer=run.data.tokenizer, state=state,
-        keep=run.config.keep,
-    )  # fmt: skip
+    try:
+        run.checkpoint = save_checkpoint(
+            run.folder, model=run.model, optimizer=run.optimizer, tokenizer=run.data.tokenizer, state=state,
+            keep=run.config.keep,
+        )  # fmt: skip
+    except OSError as error:
+        raise OSError(f"step {run.step}: {error}; {_last_good(run)}") from error
 
 
 def _non_finite(run: Run, loss: float, norm: float) -> NonFiniteError:
