@@ -7,6 +7,7 @@ import dataclasses
 import fcntl
 import gc
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from llmfast.train.throughput import measure_peak_flops
 __all__ = ["CONFIG_FILE", "ENVIRONMENT_FILE", "Run", "device_name", "open_run", "run_folder"]
 
 CONFIG_FILE, ENVIRONMENT_FILE = "config.json", "environment.json"
+_LEFTOVER = re.compile(r"\.(config\.json|environment\.json|metrics\.jsonl)\.\d+\.tmp")  # of a killed `atomic_file`
 
 
 @dataclass
@@ -120,6 +122,9 @@ def open_run(
     with _locked(folder), _threads(config.threads):
         checkpoint = _find_checkpoint(config, folder)
         remove_leftovers(folder)
+        for path in folder.iterdir():
+            if _LEFTOVER.fullmatch(path.name):
+                path.unlink()
         run = _prepare(config, device, folder, checkpoint, display, callback)
         with run.metrics, _quiet_garbage_collector():
             yield run
@@ -147,7 +152,7 @@ def _refuse_other_content(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"out: {str(folder)!r} is a file, expected a folder")
     content = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    if content := [name for name in content if name not in ("dataset", ".lock")]:
+    if content := [name for name in content if name not in ("dataset", ".lock") and not _LEFTOVER.fullmatch(name)]:
         raise FileExistsError(
             f"out: {str(folder)!r} is not empty (it holds {', '.join(content[:5])}). "
             "Continue a run that lies there with --resume auto, or choose another folder with --out"
@@ -222,12 +227,13 @@ def _prepare(
     if state:
         restore(checkpoint, state, model, optimizer)
         loader.load_state_dict(state["data"])
+    environment = _write_description(config, folder)
     run = Run(
         config, folder, data, model, torch.compile(model) if config.torch_compile else model, optimizer, loader,
         val_batches, _open_metrics(config, folder, state, display, callback), display,
         measure_peak_flops(dtype, device=device), identity,
     )  # fmt: skip
-    _describe(run, state)
+    _describe(run, environment, state)
     if state:
         run.step, run.checkpoint, run.best = state["step"], checkpoint, state["best"]
         run.train_loss, run.val_loss, run.val_step = state["train_loss"], state["val_loss"], state["val_step"]
@@ -281,13 +287,19 @@ def _optimizer(model: GPT, config: PretrainConfig) -> AdamW:
     )  # fmt: skip
 
 
-def _describe(run: Run, state: dict[str, Any] | None) -> None:
-    """Write config.json and environment.json, and say what is about to happen."""
-    config, data, display = run.config, run.data, run.display
-    written = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("config", "resume")}
-    write_json(run.folder / CONFIG_FILE, {**written, "out": str(run.folder)})
+def _write_description(config: PretrainConfig, folder: Path) -> dict[str, Any]:
+    """Write environment.json, whose presence says that a run began here and so comes before anything else, and
+    config.json. Returns the environment."""
     environment = backend.info()
-    write_json(run.folder / ENVIRONMENT_FILE, environment)
+    write_json(folder / ENVIRONMENT_FILE, environment)
+    written = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("config", "resume")}
+    write_json(folder / CONFIG_FILE, {**written, "out": str(folder)})
+    return environment
+
+
+def _describe(run: Run, environment: dict[str, Any], state: dict[str, Any] | None) -> None:
+    """Say what is about to happen."""
+    config, data, display = run.config, run.data, run.display
     val = f", {len(data.val):,} for validation" if data.val else ""
     tokens = config.total_steps * config.tokens_per_step
     millions = run.model.config.parameters() / 1e6
