@@ -156,6 +156,11 @@ def test_errors_name_what_came_and_what_was_expected(tmp_path):
         open_corpus(tmp_path / "only")
     with pytest.raises(ValueError, match="NUL bytes; expected UTF-8"):
         open_corpus(write(tmp_path / "utf16.txt", "text".encode("utf-16")))
+    write(tmp_path / "folder" / "a.txt", "text"), write(tmp_path / "folder" / "b.txt", "text".encode("utf-16-be"))
+    for spec in (tmp_path / "folder", tmp_path / "folder" / "*.txt"):
+        with pytest.raises(ValueError, match=r"b\.txt': holds NUL bytes; expected UTF-8"):
+            list(open_corpus(spec))
+    assert list(open_corpus(tmp_path / "folder" / "*.txt", separator="\0"))[:3] == ["text", "t", "e"]
     with pytest.raises(ValueError, match=r"expected JSON lines in a \.jsonl"):
         open_corpus(write(tmp_path / "array.json", "[]"))
     write(tmp_path / "mixed" / "README.md", "about"), write(tmp_path / "mixed" / "d.jsonl", "{}")

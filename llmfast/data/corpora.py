@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 
 from .files import fingerprint_of, new_digest
-from .readers import Record, read_jsonl, read_parquet, read_text, to_text
+from .readers import Record, read_jsonl, read_parquet, read_text, refuse_binary, to_text
 
 PROSE_SUFFIXES = frozenset({".txt", ".text", ".md", ".rst", ".tex", ".html", ".xml"})
 CODE_SUFFIXES = frozenset(
@@ -176,7 +176,7 @@ def open_corpus(spec: str | os.PathLike | Corpus, text_field: str = "text", sepa
     if name == "stdlib":
         return _standard_library()
     if path.is_file():
-        _refuse_binary(path)
+        _refuse_other_files(path)
         files = [path]
     elif path.is_dir():
         files = _files_below(path)
@@ -222,9 +222,8 @@ def _kind(file: Path) -> str:
     return "jsonl" if suffix in JSONL_SUFFIXES else "parquet" if suffix in PARQUET_SUFFIXES else "text"
 
 
-def _refuse_binary(file: Path) -> None:
+def _refuse_other_files(file: Path) -> None:
     if file.suffix.lower() == ".json":
         raise ValueError(f"corpus {str(file)!r}: expected JSON lines in a .jsonl file, one object a line, not .json")
-    with open(file, "rb") as stream:
-        if _kind(file) != "parquet" and b"\0" in stream.read(1 << 13):
-            raise ValueError(f"corpus {str(file)!r}: holds NUL bytes; expected UTF-8 text, not binary data or UTF-16")
+    if _kind(file) != "parquet":
+        refuse_binary(file)

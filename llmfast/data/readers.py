@@ -30,8 +30,17 @@ def to_text(raw: bytes | str) -> tuple[str, int]:
         return text, text.count("\ufffd") - raw.count(b"\xef\xbf\xbd")  # those that were in the text already
 
 
+def refuse_binary(file: Path) -> None:
+    """ValueError for a file that does not start as UTF-8 text does: UTF-16, an archive, a picture."""
+    with open(file, "rb") as stream:
+        if b"\0" in stream.read(1 << 13):
+            raise ValueError(f"corpus {str(file)!r}: holds NUL bytes; expected UTF-8 text, not binary data or UTF-16")
+
+
 def read_text(file: Path, separator: str | None) -> Iterator[Record]:
-    """The whole file, or what stands between separators; a byte order mark is dropped."""
+    """The whole file, or what stands between separators; a byte order mark is dropped. ValueError if it is not text."""
+    if "\0" not in (separator or ""):
+        refuse_binary(file)
     if separator is None:
         raw = file.read_bytes()
         yield len(raw), *to_text(raw.removeprefix(codecs.BOM_UTF8))
