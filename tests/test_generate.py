@@ -202,6 +202,8 @@ BAD = [
     (dict(max_new_tokens=-1), "max_new_tokens"),
     (dict(stop_strings="x"), "tokenizer"),
     (dict(vocab_size=62), "vocab_size"),
+    (dict(seed=2**64), "seed"),
+    (dict(seed=2**64 - 1, input_ids=[[0], [0]]), "seed"),  # the second row's would be 2**64
     (dict(prompt_lengths=[9]), "prompt_lengths"),
     (dict(input_ids=[]), "input_ids"),
     (dict(input_ids=[[]]), "input_ids"),
@@ -217,6 +219,11 @@ def test_bad_arguments_are_named_before_any_work(arguments, name):
     model.forward = None
     with pytest.raises(ValueError, match=f"^{name}: "):
         generate(model, **{"input_ids": torch.zeros(1, 4, dtype=torch.int64), "max_new_tokens": 2, **arguments})
+
+
+def test_a_prompt_without_batch_dimension_is_named(model):
+    with pytest.raises(ValueError, match=r"input_ids: got shape \(4,\), expected \(B, T\)"):
+        model(torch.zeros(4, dtype=torch.int64))
 
 
 def test_logits_that_are_not_finite_are_an_error():

@@ -250,6 +250,8 @@ def _as_prompts(input_ids, prompt_lengths) -> list[Tensor]:
 
 def _uniforms(rows: int, steps: int, seed: int | None) -> Tensor:
     """Numbers in [0, 1), float64 ``[rows, steps]``: what each row's generator gives, step by step."""
+    if seed is not None and not -(2**63) <= seed <= 2**64 - rows:
+        raise ValueError(f"seed: got {seed}, expected a number of 64 bits, also after adding the row's")
     generators = [torch.Generator() for _ in range(rows)]
     for row, generator in enumerate(generators):
         if seed is None:
