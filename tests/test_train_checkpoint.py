@@ -1,5 +1,6 @@
 """Checkpoints: what they hold, what is kept, and which are refused."""
 
+import dataclasses
 import json
 import shutil
 
@@ -103,6 +104,21 @@ def test_other_text(run, tmp_path):
     write_text(tmp_path, documents=3)
     with pytest.raises(CheckpointError, match=r"train_data: the checkpoint has .*\n.*val_data: .*\n.*tokenizer"):
         train(run)
+
+
+def test_other_words_for_the_text_are_compared_with_it(run, tmp_path):
+    """--data, --tokenizer and --val-fraction of a resumption were passed over: it went on with the run's own text."""
+    other = tmp_path / "other.txt"
+    other.write_text((tmp_path / "input.txt").read_text() + "more")
+    for name, value, message in (
+        ("data", str(other), "its corpus .* has other content"),
+        ("tokenizer", "byte", "its tokenizer is another one"),
+        ("val_fraction", 0.2, "its val_fraction is 0.1, not 0.2"),
+    ):
+        with pytest.raises(FileExistsError, match=rf"holds a different dataset: {message}"):
+            train(dataclasses.replace(run, **{name: value}))
+    moved = shutil.move(tmp_path / "input.txt", tmp_path / "moved.txt")
+    assert train(dataclasses.replace(run, data=str(moved))).step == 20
 
 
 def test_text_that_is_gone_does_not_matter(run, tmp_path):

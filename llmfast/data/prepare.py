@@ -94,7 +94,9 @@ def _reuse(folder: Path, corpus: Corpus, tokenizer: Tokenizer, val_fraction: flo
                 write_json(folder / DATASET_FILE, info)
     if differences or info["format"] != FORMAT:
         reason = "; ".join(differences) or f"its format is {info['format']}, not {FORMAT}"
-        raise FileExistsError(f"{folder} holds a different dataset: {reason}. Delete it or choose another out_dir")
+        raise FileExistsError(
+            f"{folder} holds a different dataset: {reason}. Choose another folder, or delete this one"
+        )
     return dataset
 
 

@@ -18,7 +18,7 @@ import torch
 
 import llmfast
 from llmfast import backend
-from llmfast.data import Batch, BatchLoader, eval_batches
+from llmfast.data import Batch, BatchLoader, eval_batches, open_corpus
 from llmfast.data.files import write_json
 from llmfast.models import GPT
 from llmfast.optim import AdamW
@@ -31,7 +31,7 @@ from llmfast.train.checkpoint import (
     remove_leftovers,
     restore,
 )
-from llmfast.train.config import PretrainConfig
+from llmfast.train.config import PretrainConfig, read_config_file
 from llmfast.train.data import TrainingData, training_data
 from llmfast.train.metrics import MetricsLog
 from llmfast.train.progress import Display
@@ -137,7 +137,7 @@ def run_folder(config: PretrainConfig) -> Path:
     checkpoint = find_checkpoint(config.resume)
     if checkpoint is None:
         raise FileNotFoundError(f"resume: {config.resume!r} has no checkpoint yet; start it again with --resume auto")
-    return checkpoint.parent.parent
+    return checkpoint.absolute().parent.parent if checkpoint.parent == Path() else checkpoint.parent.parent
 
 
 def _find_checkpoint(config: PretrainConfig, folder: Path) -> Path | None:
@@ -203,7 +203,8 @@ def _prepare(
     """Everything before the first step: data, model, optimiser, and the state of `checkpoint` in them."""
     backend.keep_freed_memory()
     state = read_checkpoint(checkpoint) if checkpoint else None
-    data = training_data(config, folder, display.stage, resuming=state is not None)
+    resuming = state is not None and not _other_data(config, folder)
+    data = training_data(config, folder, display.stage, resuming=resuming)
     display.close()
     if data.tokenizer:
         data.tokenizer.encode(config.sample_prompt)  # a character it does not know must not end the run later
@@ -242,6 +243,25 @@ def _prepare(
             point(folder, "best", checkpoint_name(run.best["step"]))
     run.started = time.perf_counter() - (state["seconds"] if state else 0.0)
     return run
+
+
+def _other_data(config: PretrainConfig, folder: Path) -> bool:
+    """Whether a resumed run names its text in other words than it began with, so that the two must be compared. A text
+    that is gone cannot be, and does not matter."""
+    try:
+        begun_with = read_config_file(folder / CONFIG_FILE)
+    except (OSError, ValueError):
+        return False
+    names = ("data", "text_field", "separator", "val_fraction", "tokenizer", "vocab_size")
+    if all(getattr(config, name) == begun_with.get(name) for name in names):
+        return False
+    try:
+        open_corpus(config.data)
+    except FileNotFoundError:
+        return False
+    except ValueError:
+        pass  # shards, or no text, which `training_data` says
+    return True
 
 
 def device_name(device: torch.device) -> str:
