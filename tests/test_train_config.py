@@ -135,7 +135,7 @@ def test_shakespeare_recipe_is_nanogpts(request):
     assert model.parameters() - 64 * 128 == 795_904  # nanoGPT prints 0.80M, without positions
 
 
-def test_resume_takes_the_runs_own_values(tmp_path):
+def test_resume_takes_the_runs_own_values(tmp_path, monkeypatch):
     config = tiny_config(tmp_path, steps=2, warmup=1, schedule_steps=4)
     train(config)
     moved = (tmp_path / "run").rename(tmp_path / "moved")
@@ -146,6 +146,10 @@ def test_resume_takes_the_runs_own_values(tmp_path):
     assert parse(["--resume", "auto", "--out", "elsewhere"]).data == "stdlib"
     with pytest.raises(FileNotFoundError, match="nowhere"):
         parse(["--resume", str(tmp_path / "nowhere")])
+    with pytest.raises(ValueError, match="out: got 'elsewhere', expected none, as resume continues the run in"):
+        parse(["--resume", str(moved), "--out", "elsewhere"])
+    monkeypatch.chdir(moved / "checkpoints")
+    assert parse(["--resume", "step-000004", "--out", str(moved)]).data == config.data
 
 
 def test_command_line_from_end_to_end(tmp_path, capsys):

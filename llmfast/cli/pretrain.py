@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from llmfast.train import NonFiniteError, PretrainConfig, pretrain
 from llmfast.train.config import read_config_file
@@ -23,6 +24,8 @@ def defaults(arguments: Sequence[str]) -> PretrainConfig:
     if resume is not None:
         out = _value_of("--out", arguments) or values.get("out", PretrainConfig.out)
         folder = run_folder(PretrainConfig(out=out, resume=resume))
+        if (given := _value_of("--out", arguments)) and Path(given).absolute() != folder.absolute():
+            raise ValueError(f"out: got {given!r}, expected none, as resume continues the run in {str(folder)!r}")
         if resume != "auto" or (folder / CONFIG_FILE).exists():
             values = {**read_config_file(folder / CONFIG_FILE), **values, "out": str(folder)}
     return PretrainConfig(**values)
