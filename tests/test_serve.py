@@ -116,3 +116,15 @@ def test_what_the_server_cannot_have():
 
     with pytest.raises(SystemExit, match="--attn-implementation: not for llmfast's server"):
         main(["model", "--attn-implementation", "sdpa"])
+
+
+def test_without_transformers(monkeypatch):
+    from llmfast import integrations
+    from llmfast.integrations.serve import main
+
+    monkeypatch.delattr(integrations, "transformers", raising=False)
+    for name in [name for name in sys.modules if name.startswith("llmfast.integrations.transformers")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(SystemExit, match="transformers: not installed, expected version 5"):
+        main(["model"])

@@ -54,7 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise SystemExit(
                 f"llmfast: error: {argument}: not for llmfast's server, which chooses the attention itself"
             )
-    serve_on_llmfast()
+    try:
+        serve_on_llmfast()
+    except ImportError as error:
+        raise SystemExit(f"llmfast: error: {error}; pip install 'transformers[serving]'") from None
     from transformers.cli.transformers import app
 
     app(["serve", *arguments], prog_name="llmfast.integrations.serve", standalone_mode=True)

@@ -11,7 +11,10 @@ Importing this module registers the attention implementation, after which any mo
 >>> llmfast.patch(model)
 """
 
-from transformers import AttentionInterface, AttentionMaskInterface
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface
+except ModuleNotFoundError as error:
+    raise ImportError("transformers: not installed, expected version 5.4 or later: pip install transformers") from error
 
 from llmfast.integrations.transformers import compat, masks
 from llmfast.integrations.transformers.attention import attention_forward
