@@ -2,11 +2,17 @@
 a large C of little depth, and left operands whose columns are contiguous. Inputs are surrounded by NaN.
 """
 
+import ctypes
+import os
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import assert_as_accurate
 from test_gemm_targets import surrounded
 
+import llmfast
 from llmfast import backend
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -58,6 +64,37 @@ def test_fewer_panels_of_columns_than_threads(isa, N, threads):
             assert_as_accurate(out, torch.nn.functional.linear(x, weight, bias), exact, what=f"M={M} K={K}")
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.fixture
+def fewer_threads():
+    """OpenMP gives no team more threads than there are processors, and fewer than asked for, as OMP_DYNAMIC lets it."""
+    libraries = re.findall(r"/\S*/lib[gi]?omp\S*\.so\S*", Path("/proc/self/maps").read_text())
+    if not libraries:
+        pytest.skip("torch has another OpenMP runtime")
+    runtime, before = ctypes.CDLL(libraries[0]), torch.get_num_threads()
+    runtime.omp_set_dynamic(1)
+    torch.set_num_threads(4 * os.cpu_count())
+    yield
+    torch.set_num_threads(before)
+    runtime.omp_set_dynamic(0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_fewer_threads_than_asked_for(isa, fewer_threads, dtype):
+    for M, N, K in [(4, 3000, 700), (48, 700, 300), (400, 300, 200)]:
+        x, weight = torch.randn(M, K, dtype=dtype), torch.randn(N, K, dtype=dtype)
+        out = torch.full((M, N), float("nan"))
+        backend.native().linear_forward(out, x, weight, None)
+        exact = x.double() @ weight.double().t()
+        assert_as_accurate(out, torch.nn.functional.linear(x, weight), exact, what=f"M={M} N={N} K={K}")
+    x, weight = torch.randn(300, 64).requires_grad_(), torch.randn(800, 64).requires_grad_()
+    target = torch.randint(800, (300,))
+    loss = llmfast.linear_cross_entropy(x, weight, target)
+    expected = torch.nn.functional.cross_entropy(x @ weight.t(), target)
+    torch.testing.assert_close(loss, expected)
+    for a, b in zip(torch.autograd.grad(loss, (x, weight)), torch.autograd.grad(expected, (x, weight))):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -27,6 +27,15 @@ inline int threads_for(int64_t work, int64_t grain) {
   return static_cast<int>(useful < 1 ? 1 : useful < available ? useful : available);
 }
 
+// Runs body(part) for each part of [0, threads), a thread each. Where OpenMP gives fewer threads than it is asked for, as
+// OMP_THREAD_LIMIT and OMP_DYNAMIC make it, some run several.
+template <class Body>
+inline void for_each_part(int threads, const Body& body) {
+  if (threads == 1) return body(0);
+#pragma omp parallel num_threads(threads)
+  for (int part = omp_get_thread_num(); part < threads; part += omp_get_num_threads()) body(part);
+}
+
 // Runs body(begin, end) over slices of [0, total): one contiguous slice a thread, so a result that is accumulated per
 // thread depends on the thread count alone. `grain`: least units per thread.
 template <class Body>

@@ -195,13 +195,12 @@ inline void gemm_few_rows(MatrixRef a, MatrixRef b, GemmSize size, EpilogueRef e
   pack_b(xt, a.transposed(), size.M, size.K);
   const int threads = threads_for(size.M * size.N * size.K, 1 << 17);
   const auto multiply = size.M <= kInPlacePanels * kPanelRows ? multiply_columns<true> : multiply_columns<false>;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
+  for_each_part(threads, [&](int part) {
     Kernel::ThreadState state;
     (void)state;
-    const Range cols = slice(size.N, omp_get_thread_num(), threads, kGroup);
+    const Range cols = slice(size.N, part, threads, kGroup);
     if (cols.begin < cols.end) multiply(xt, b.transposed(), size, cols, epilogue);
-  }
+  });
 }
 
 }  // namespace llmfast::LLMFAST_TARGET

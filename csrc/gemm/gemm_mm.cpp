@@ -269,14 +269,12 @@ static int parts_of_few_rows(GemmSize size, int threads) {
 void gemm_packed(MatrixRef a, const Kernel::Packed* packed_b, GemmSize size, EpilogueRef epilogue) {
   const int threads = threads_for(size.M * size.N * size.K, 1 << 17);
   const int m_parts = row_parts(size, threads), n_parts = threads / m_parts;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
+  for_each_part(threads, [&](int part) {
     Kernel::ThreadState state;
     (void)state;
-    const int thread = omp_get_thread_num();
-    gemm_rectangle(a, packed_b, size.K, slice(size.M, thread / n_parts, m_parts, Kernel::kRows),
-                   slice(size.N, thread % n_parts, n_parts, Kernel::kCols), epilogue);
-  }
+    gemm_rectangle(a, packed_b, size.K, slice(size.M, part / n_parts, m_parts, Kernel::kRows),
+                   slice(size.N, part % n_parts, n_parts, Kernel::kCols), epilogue);
+  });
 }
 
 // The same for an A in few blocks of rows: each thread packs its own panels of B, one at a time, and what it packed never
@@ -284,19 +282,17 @@ void gemm_packed(MatrixRef a, const Kernel::Packed* packed_b, GemmSize size, Epi
 static void gemm_unpacked(MatrixRef a, MatrixRef b, GemmSize size, EpilogueRef epilogue) {
   const int threads = threads_for(size.M * size.N * size.K, 1 << 17);
   const int m_parts = parts_of_few_rows(size, threads), n_parts = threads / m_parts;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
+  for_each_part(threads, [&](int part) {
     Kernel::ThreadState state;
     (void)state;
-    const int thread = omp_get_thread_num();
-    const Range rows = slice(size.M, thread / n_parts, m_parts, Kernel::kRows);
-    const Range cols = slice(size.N, thread % n_parts, n_parts, Kernel::kCols);
+    const Range rows = slice(size.M, part / n_parts, m_parts, Kernel::kRows);
+    const Range cols = slice(size.N, part % n_parts, n_parts, Kernel::kCols);
     if (rows.begin < rows.end && cols.begin < cols.end) {
       const Blocking blocking = blocking_of_few_blocks(size.M, size.K);  // of all rows: depth must not depend on threads
       auto* panel = workspace<Kernel::Packed>(Slot::packed_b, blocking.depth * Kernel::kCols + 64);
       multiply_rectangle(a, {nullptr, b, panel}, size.K, rows, cols, blocking, epilogue);
     }
-  }
+  });
 }
 
 void pack_b(Kernel::Packed* dst, MatrixRef b, int64_t N, int64_t K) {

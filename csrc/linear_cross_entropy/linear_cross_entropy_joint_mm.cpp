@@ -111,13 +111,11 @@ void logits(const Block<T>& b) {
     b.sum[i] = b.target_logit[i] = 0.0f;
   }
   pack_b(b.packed_xt, b.x.transposed(), b.R, b.C);
-  const int threads = b.parts.classes * b.parts.tokens;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
+  for_each_part(b.parts.classes * b.parts.tokens, [&](int index) {
     Kernel::ThreadState state;
     (void)state;
-    const int part = omp_get_thread_num() / b.parts.tokens;
-    const Range tokens = b.parts.tokens_of(b.R, omp_get_thread_num() % b.parts.tokens);
+    const int part = index / b.parts.tokens;
+    const Range tokens = b.parts.tokens_of(b.R, index % b.parts.tokens);
     const Tokens mine{b.reference + part * b.ld, b.sum + part * b.ld, b.target_logit + part * b.ld, b.labels};
     for (int64_t v = 0; v < b.V; v = chunk_end(v, b.V)) {
       const Range classes = b.parts.classes_of(chunk_end(v, b.V) - v, part);
@@ -126,7 +124,7 @@ void logits(const Block<T>& b) {
       float* references = b.factors_of(v, part);
       for (int64_t m = tokens.begin; m < tokens.end; ++m) references[m] = mine.reference[m];
     }
-  }
+  });
 }
 
 // The block's share of the loss's sum. References become factors: a power times its factor is the gradient of its logit,
