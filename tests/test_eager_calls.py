@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -210,6 +211,24 @@ def test_no_second_derivative(name):
     (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
     with pytest.raises(RuntimeError):
         torch.autograd.grad((grad**2).sum(), leaf)
+
+
+def test_new_threads_take_torchs_number_of_threads():
+    before, seen = torch.get_num_threads(), []
+    x, w = randn(B, C), randn(V, C)
+
+    def call():
+        llmfast.linear(x, w)
+        seen.append(backend.native().max_threads())
+
+    torch.set_num_threads(before + 1)  # a thread of its own would start with OpenMP's default
+    try:
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [before + 1]
 
 
 def test_outputs_are_ordinary_tensors():

@@ -8,8 +8,6 @@
 
 namespace llmfast {
 
-using WithoutGil = pybind11::call_guard<pybind11::gil_scoped_release>;
-
 void bind_attention(pybind11::module_& m);
 void bind_embedding(pybind11::module_& m);
 void bind_ffn(pybind11::module_& m);

@@ -76,7 +76,7 @@ bool blocks_forward(const py::tuple& layers, const TensorView& x, const py::tupl
   }
   prepare(out);
   prepare(stream_out);
-  py::gil_scoped_release release;
+  const KernelScope scope;
   for (const BlockParams& block : blocks) block_forward(block);
   return true;
 }
@@ -106,7 +106,7 @@ void bind_block(py::module_& m) {
                             const TensorView& saved) {
     const BlockParams params{settings, read_weights(weights), read_inputs(inputs, cached), out, stream_out, saved};
     for (const TensorView* fresh : {&out, &stream_out, &saved}) prepare(*fresh);
-    py::gil_scoped_release release;
+    const KernelScope scope;
     block_forward(params);
   });
   m.def("block_backward",
@@ -120,7 +120,7 @@ void bind_block(py::module_& m) {
           prepare(grad_x);
           prepare(grad_stream);
           for (py::handle grad : grads) prepare(grad.cast<TensorView>());
-          py::gil_scoped_release release;
+          const KernelScope scope;
           block_backward(params);
         });
 }

@@ -1,5 +1,6 @@
 #include "bindings/run.h"
 
+#include "bindings_cpu/bindings.h"
 #include "core/memory.h"
 #include "core/workspace.h"
 
@@ -10,7 +11,7 @@ namespace {
 
 template <class... Params>
 void call(void (*op)(const Params&...), const Params&... params) {
-  const py::gil_scoped_release release;
+  const KernelScope scope;
   op(params...);
 }
 
@@ -33,7 +34,7 @@ void run(const LossGradientParams& p) { call(spread_loss_gradient, p); }
 void run(const NormParams& p) { call(norm_forward, p); }
 void run(const NormBackwardParams& p) { call(norm_backward, p); }
 void run(const RotaryParams* tensors, int count) {
-  const py::gil_scoped_release release;
+  const KernelScope scope;
   for (int i = 0; i < count; ++i) rotary(tensors[i]);
 }
 

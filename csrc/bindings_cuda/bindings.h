@@ -7,6 +7,8 @@
 
 namespace llmfast {
 
+using WithoutGil = pybind11::call_guard<pybind11::gil_scoped_release>;
+
 void bind_attention_ways(pybind11::module_& m);
 void bind_optim(pybind11::module_& m);
 
