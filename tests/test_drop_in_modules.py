@@ -4,6 +4,7 @@ One file above 500 lines: five modules under the same checks (layouts, masks, co
 """
 
 import copy
+import inspect
 import pickle
 import warnings
 
@@ -17,6 +18,7 @@ import llmfast
 from llmfast import backend
 from llmfast import nn as fast
 from llmfast.integrations.torch import convert_modules, revert_modules
+from llmfast.nn.drop_in import TWINS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -541,6 +543,11 @@ def test_functional_transforms(strict):
     row = x[0, 0].clone().requires_grad_()
     expected = torch.stack([torch.autograd.grad(net(row[None, None])[0, 0, i], row)[0] for i in range(3)])
     torch.testing.assert_close(jacobian, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_arguments_have_torchs_names():
+    for theirs, ours in TWINS.items():
+        assert list(inspect.signature(ours.forward).parameters) == list(inspect.signature(theirs.forward).parameters)
 
 
 def test_public_names():

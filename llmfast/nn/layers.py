@@ -14,12 +14,16 @@ __all__ = ["FFN", "AddLayerNorm", "AddRMSNorm", "Embedding", "Linear"]
 class Linear(nn.Linear):
     """`torch.nn.Linear` on `llmfast.linear`. What no kernel takes, float64 for one, is torch's own (counted)."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if left_to_torch("Linear", x, self.weight, self.bias) or x.dim() == 0 or x.shape[-1] != self.in_features:
-            return super().forward(x)
-        if x.dtype != self.weight.dtype and not autocast_is_on(x):
-            return super().forward(x)
-        return ops.linear(x, self.weight, self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        if (
+            left_to_torch("Linear", input, self.weight, self.bias)
+            or input.dim() == 0
+            or input.shape[-1] != self.in_features
+        ):
+            return super().forward(input)
+        if input.dtype != self.weight.dtype and not autocast_is_on(input):
+            return super().forward(input)
+        return ops.linear(input, self.weight, self.bias)
 
 
 class Embedding(nn.Module):
