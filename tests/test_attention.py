@@ -519,7 +519,8 @@ def test_errors_name_the_argument():
     raises(ValueError, r"window: got 0", attention, q, k, v, window=0)
     raises(ValueError, r"window: got \(-2, 0\)", attention, q, k, v, window=(-2, 0))
     raises(TypeError, r"window: got 'left'", attention, q, k, v, window="left")
-    raises(ValueError, r"softcap: got -1.0", attention, q, k, v, softcap=-1.0)
+    for softcap in (-1.0, 1e-50, float("inf"), float("nan")):
+        raises(ValueError, f"softcap: got {softcap}", attention, q, k, v, softcap=softcap)
     raises(
         TypeError,
         r"cu_seqlens_q: got dtype torch.float32",

@@ -46,7 +46,7 @@ bool read_distance(PyObject* value, Distance* distance) {
 bool read_scores(py::handle scale, py::handle softcap, int64_t D, Options* options) {
   double number = 1 / std::sqrt(static_cast<double>(D)), cap = 0;
   if (!scale.is_none() && !read_number(scale, &number)) return false;
-  if (!softcap.is_none() && !(read_number(softcap, &cap) && cap > 0)) return false;
+  if (!softcap.is_none() && !(read_number(softcap, &cap) && cap >= 1e-30 && cap <= 1e30)) return false;
   options->scale = static_cast<float>(number);
   options->softcap = static_cast<float>(cap);
   return true;

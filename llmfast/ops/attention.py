@@ -247,8 +247,8 @@ def _band(causal: bool, window: Window) -> tuple[int | None, int | None]:
 
 
 def _score_options(q: torch.Tensor, scale: float | None, softcap: float | None) -> tuple[float, float]:
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap: got {softcap}, expected a positive number or None")
+    if softcap is not None and not 1e-30 <= softcap <= 1e30:  # kernels divide by it, in float32
+        raise ValueError(f"softcap: got {softcap}, expected a positive number from 1e-30 to 1e30, or None")
     return 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale), float(softcap or 0.0)
 
 
