@@ -213,6 +213,39 @@ def test_no_second_derivative(name):
         torch.autograd.grad((grad**2).sum(), leaf)
 
 
+def imaginary(t: torch.Tensor) -> torch.Tensor:
+    """The same numbers, whose memory holds them with the other sign."""
+    negated = torch.complex(t, -t).conj().imag
+    assert negated.is_neg()
+    return negated
+
+
+@both
+def test_lazily_negated_tensors(name):
+    function, arguments, options = CASES[name]
+    lazy = [
+        imaginary(a) if isinstance(a, torch.Tensor) and a.dtype == torch.float32 and a.numel() > 1 else a
+        for a in arguments
+    ]
+    out, expected = results(function, lazy, options), results(function, arguments, options)
+    for a, b in zip(out, expected):
+        torch.testing.assert_close(a, b, equal_nan=True)
+    for a, b in zip(differentiated(function, lazy, options)[1], differentiated(function, arguments, options)[1]):
+        torch.testing.assert_close(a, b, equal_nan=True)
+
+
+def test_a_lazily_negated_gradient():
+    x, w, grad = randn(B, C).requires_grad_(), randn(V, C), randn(B, V)
+    llmfast.linear(x, w).backward(imaginary(grad))
+    torch.testing.assert_close(x.grad, grad @ w)
+
+
+def test_zero_tensors_have_no_memory():
+    zero, w = torch._efficientzerotensor((B, C)), randn(V, C)
+    assert torch.equal(llmfast.linear(zero, w), torch.zeros(B, V))
+    assert torch.equal(llmfast.add_rms_norm(zero, None, None)[0], torch.zeros(B, C))
+
+
 def test_new_threads_take_torchs_number_of_threads():
     before, seen = torch.get_num_threads(), []
     x, w = randn(B, C), randn(V, C)

@@ -57,6 +57,19 @@ void fill(const dlpack::Tensor& tensor, DType dtype, TensorView* view) {
   }
 }
 
+// Whether the tensor's memory is not what it stands for: that of z.conj().imag has the other sign, that of a zero tensor
+// (forward-mode AD) is missing. torch's dispatcher makes real tensors of them. An imaginary part has no neighbours in
+// memory, so most tensors need not be asked.
+bool is_lazy(PyObject* object, const dlpack::Tensor& tensor) {
+  bool empty = false, neighbours = false;
+  for (int i = 0; i < tensor.ndim; ++i) {
+    empty |= tensor.shape[i] == 0;
+    neighbours |= tensor.strides[i] == 1 && tensor.shape[i] > 1;
+  }
+  if (!tensor.data && !empty) return true;
+  return !neighbours && !empty && py::handle(object).attr("is_neg")().cast<bool>();
+}
+
 // For a torch without the exchange API: the same facts through Python attributes, ten times slower.
 void read_by_attributes(PyObject* object, TensorView* view) {
   py::handle tensor(object);
@@ -108,6 +121,7 @@ bool read_tensor(PyObject* object, TensorView* view) {
   if (api->dltensor_from_py_object_no_sync(object, &tensor) != 0) throw py::error_already_set();
   check_device(tensor.device.type == kDevice);
   check_rank(tensor.ndim);
+  if (is_lazy(object, tensor)) throw py::value_error("expected a tensor that is not negated or zero lazily, and has memory");
   fill(tensor, dtype_of(tensor.dtype), view);
   return true;
 }
@@ -131,6 +145,7 @@ bool try_read_tensor(PyObject* object, TensorView* view) {
   }
   DType dtype;
   if (tensor.device.type != kDevice || tensor.ndim > kMaxDims || !find_dtype(tensor.dtype, &dtype)) return false;
+  if (is_lazy(object, tensor)) return false;
   fill(tensor, dtype, view);
   return true;
 }

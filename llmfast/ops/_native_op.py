@@ -90,7 +90,7 @@ class NativeOp:
         self.all.append(self)
 
     def __call__(self, *args):
-        if _is_compiling() or not _plain_eager(args):
+        if _is_compiling() or not _plain_eager(args) or _any_lazy(args):
             if _transforms_active() and not _is_compiling():
                 self._transformed = self._transformed or _functorch_function(self.name, self.op, *self._gradient)
                 return self._transformed.apply(*args)
@@ -186,6 +186,12 @@ def _plain_eager(args: Sequence) -> bool:
         if type(a) not in _PLAIN and isinstance(a, torch.Tensor):
             return False
     return True
+
+
+def _any_lazy(args: Sequence) -> bool:
+    """Whether a tensor's memory is not what it stands for (``z.conj().imag``, a zero tensor of autograd's): torch's
+    dispatcher then hands real ones on."""
+    return any(isinstance(a, torch.Tensor) and (a.is_neg() or a._is_zerotensor()) for a in args)
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
