@@ -545,6 +545,13 @@ def test_functional_transforms(strict):
     torch.testing.assert_close(jacobian, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_forward_mode_derivatives_are_torchs():
+    x = torch.randn(2, 5, 24)
+    ours, theirs, _ = twins("LayerNorm", 24)
+    for a, b in zip(torch.func.jvp(ours, (x,), (x + 1,)), torch.func.jvp(theirs, (x,), (x + 1,))):
+        torch.testing.assert_close(a, b)
+
+
 def test_arguments_have_torchs_names():
     for theirs, ours in TWINS.items():
         assert list(inspect.signature(ours.forward).parameters) == list(inspect.signature(theirs.forward).parameters)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -244,6 +245,25 @@ def test_zero_tensors_have_no_memory():
     zero, w = torch._efficientzerotensor((B, C)), randn(V, C)
     assert torch.equal(llmfast.linear(zero, w), torch.zeros(B, V))
     assert torch.equal(llmfast.add_rms_norm(zero, None, None)[0], torch.zeros(B, C))
+
+
+@both
+def test_no_forward_mode_derivative(name):
+    function, arguments, options = CASES[name]
+    floating = [isinstance(a, torch.Tensor) and a.is_floating_point() for a in arguments]
+    leaf = arguments[floating.index(True)]
+    with forward_ad.dual_level():
+        results(function, arguments, options)
+        dual = forward_ad.make_dual(leaf, torch.ones_like(leaf))
+        with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
+            function(*(dual if a is leaf else a for a in arguments), **options)
+
+
+def test_no_forward_mode_derivative_of_a_gradient():
+    x, w = randn(B, C).requires_grad_(), randn(V, C)
+    out = llmfast.linear(x, w)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="linear_backward has no forward-mode"):
+        torch.autograd.grad(out, x, forward_ad.make_dual(torch.ones(B, V), torch.ones(B, V)))
 
 
 def test_new_threads_take_torchs_number_of_threads():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.autograd import forward_ad
 
 from llmfast import backend
 from llmfast.ops._native_op import overrides_torch
@@ -32,6 +33,8 @@ def _why_not_native(x, weights) -> str | None:
         return f"dtype {x.dtype}"
     if x.is_nested:
         return "a nested tensor"
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        return "forward-mode AD"
     if overrides_torch(x) or any(overrides_torch(w) for w in weights):
         return "a tensor subclass"
     return None

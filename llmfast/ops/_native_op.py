@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import ClassVar
 
 import torch
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from llmfast import backend
@@ -94,6 +95,7 @@ class NativeOp:
             if _transforms_active() and not _is_compiling():
                 self._transformed = self._transformed or _functorch_function(self.name, self.op, *self._gradient)
                 return self._transformed.apply(*args)
+            _refuse_tangents(self.name, args)
             return self.op(*args)
         if self._function is not None and torch.is_grad_enabled() and _any_requires_grad(args):
             return self._function.apply(*args)
@@ -144,7 +146,7 @@ def eager_function(name: str, keep: Callable, native: Callable, backward: Callab
         if _is_compiling() or torch.is_grad_enabled():
             return guarded(ctx, *grads)
         saved = ctx.saved_tensors  # once: under torch.utils.checkpoint it can be had no second time
-        if not (_dispatch_modes() or _transforms_active()):
+        if not (_dispatch_modes() or _transforms_active() or forward_ad._current_level >= 0):
             done = native(ctx, saved, *grads)
             if done is not None:
                 return done
@@ -172,15 +174,18 @@ def _functorch_function(name: str, op: Callable, setup_context: Callable | None,
 
 def whole_calls(tensor: object) -> ModuleType | None:
     """The native module that takes `tensor`, if an op is called by plain eager code: no compiler, dispatch mode, functorch
-    transform or autocast is on. It may be handed anything, and answers None to what it leaves to Python."""
+    transform, autocast or forward-mode AD is on. It may be handed anything, and answers None to what it leaves to Python.
+    """
     if _is_compiling() or _dispatch_modes() or _transforms_active() or _is_any_autocast_enabled():
+        return None
+    if forward_ad._current_level >= 0:
         return None
     return backend.native_for(tensor)
 
 
 def _plain_eager(args: Sequence) -> bool:
     """Whether a native function may be handed these arguments directly."""
-    if _dispatch_modes() or _transforms_active():
+    if _dispatch_modes() or _transforms_active() or forward_ad._current_level >= 0:
         return False
     for a in args:  # noqa: SIM110  # all() takes twice as long, and this runs for each block of each token
         if type(a) not in _PLAIN and isinstance(a, torch.Tensor):
@@ -192,6 +197,13 @@ def _any_lazy(args: Sequence) -> bool:
     """Whether a tensor's memory is not what it stands for (``z.conj().imag``, a zero tensor of autograd's): torch's
     dispatcher then hands real ones on."""
     return any(isinstance(a, torch.Tensor) and (a.is_neg() or a._is_zerotensor()) for a in args)
+
+
+def _refuse_tangents(name: str, args: Sequence) -> None:
+    if _is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(isinstance(a, torch.Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args):
+        raise NotImplementedError(f"llmfast::{name} has no forward-mode derivative, and was called with a tangent")
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
