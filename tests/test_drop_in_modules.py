@@ -552,6 +552,15 @@ def test_forward_mode_derivatives_are_torchs():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_sparse_weights_are_torchs():
+    linear, x = nn.Linear(24, 8), torch.randn(5, 24)
+    linear.weight = nn.Parameter(linear.weight.detach().to_sparse_csr(), requires_grad=False)
+    expected = linear(x)
+    convert_modules(linear)
+    assert torch.equal(linear(x), expected)
+
+
 def test_arguments_have_torchs_names():
     for theirs, ours in TWINS.items():
         assert list(inspect.signature(ours.forward).parameters) == list(inspect.signature(theirs.forward).parameters)

@@ -266,6 +266,22 @@ def test_no_forward_mode_derivative_of_a_gradient():
         torch.autograd.grad(out, x, forward_ad.make_dual(torch.ones(B, V), torch.ones(B, V)))
 
 
+@pytest.mark.filterwarnings("ignore:.*(beta|prototype).*")
+def test_tensors_that_are_not_dense_are_named():
+    x, w = randn(B, C), randn(V, C)
+    nested = torch.nested.nested_tensor([randn(2, C), randn(3, C)])
+    for name, kind, call in (
+        ("x", "a tensor of layout torch.sparse_coo", lambda: llmfast.linear(x.to_sparse(), w)),
+        ("weight", "a tensor of layout torch.sparse_csr", lambda: llmfast.linear(x, w.to_sparse_csr())),
+        ("x", "a nested tensor", lambda: llmfast.linear(nested, w)),
+        ("x", "a nested tensor", lambda: llmfast.add_layer_norm(nested, None, None, None)),
+        ("q", "a tensor of layout torch.sparse_coo", lambda: llmfast.attention(*[heads("BHTD").to_sparse()] * 3)),
+        ("input_ids", "a tensor of layout", lambda: llmfast.embedding(torch.ones(3).long().to_sparse(), w)),
+    ):
+        with pytest.raises(TypeError, match=f"{name}: got {kind}.*, expected a dense one"):
+            call()
+
+
 def test_new_threads_take_torchs_number_of_threads():
     before, seen = torch.get_num_threads(), []
     x, w = randn(B, C), randn(V, C)

@@ -33,6 +33,8 @@ def _why_not_native(x, weights) -> str | None:
         return f"dtype {x.dtype}"
     if x.is_nested:
         return "a nested tensor"
+    if x.layout != torch.strided or any(w is not None and w.layout != torch.strided for w in weights):
+        return "a sparse tensor"
     if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
         return "forward-mode AD"
     if overrides_torch(x) or any(overrides_torch(w) for w in weights):

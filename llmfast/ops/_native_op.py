@@ -246,6 +246,9 @@ def dense(x: torch.Tensor) -> torch.Tensor:
 def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else f"a tensor of layout {value.layout}"
+        raise TypeError(f"{name}: got {kind}, expected a dense one")
 
 
 def check_floating(name: str, tensor: torch.Tensor) -> None:

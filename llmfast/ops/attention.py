@@ -178,6 +178,7 @@ def _checked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dims: int):
     if tensors and torch.is_autocast_enabled("cpu" if q.is_cpu else q.device.type):
         q, k, v = autocast(q, k, v)
     fit = tensors and q.dtype in _FLOATING and q.dtype == k.dtype == v.dtype and q.device == k.device == v.device
+    fit = fit and q.layout == k.layout == v.layout == torch.strided and not (q.is_nested or k.is_nested or v.is_nested)
     if not (fit and q.dim() == k.dim() == v.dim() == dims and _shapes_fit(q.shape, k.shape, v.shape)):
         _explain(q, k, v, dims)
     return q, k, v
