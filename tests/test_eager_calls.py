@@ -282,6 +282,15 @@ def test_tensors_that_are_not_dense_are_named():
             call()
 
 
+def test_shapes_without_data():
+    x, w = torch.empty(B, C, device="meta"), torch.empty(V, C, device="meta")
+    q = torch.empty(B, H, T, D, device="meta")
+    assert llmfast.linear(x, w).shape == (B, V)
+    assert llmfast.ffn(x, w, None, w.t(), None).shape == (B, C)
+    assert llmfast.attention(q, q, q).shape == llmfast.scaled_dot_product_attention(q, q, q).shape == q.shape
+    assert llmfast.linear_cross_entropy(x, w, torch.empty(B, dtype=torch.int64, device="meta")).shape == ()
+
+
 def test_new_threads_take_torchs_number_of_threads():
     before, seen = torch.get_num_threads(), []
     x, w = randn(B, C), randn(V, C)

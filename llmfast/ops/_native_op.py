@@ -227,7 +227,7 @@ def _any_requires_grad(args: Sequence) -> bool:
 def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """Casts floating tensors to the autocast dtype of their device while autocast is on there; else returns them."""
     device = next(t.device.type for t in tensors if t is not None)
-    if not _is_autocast_enabled(device):
+    if device == "meta" or not _is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors)

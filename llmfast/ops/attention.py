@@ -175,7 +175,7 @@ def _why_not_on_device(q: torch.Tensor, v: torch.Tensor) -> str | None:
 def _checked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dims: int):
     """q, k and v, cast if autocast is on. Good ones pass on a few comparisons; else `_explain` says what is wrong."""
     tensors = isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)
-    if tensors and torch.is_autocast_enabled("cpu" if q.is_cpu else q.device.type):
+    if tensors and not q.is_meta and torch.is_autocast_enabled("cpu" if q.is_cpu else q.device.type):
         q, k, v = autocast(q, k, v)
     fit = tensors and q.dtype in _FLOATING and q.dtype == k.dtype == v.dtype and q.device == k.device == v.device
     fit = fit and q.layout == k.layout == v.layout == torch.strided and not (q.is_nested or k.is_nested or v.is_nested)
