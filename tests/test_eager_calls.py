@@ -214,6 +214,16 @@ def test_no_second_derivative(name):
         torch.autograd.grad((grad**2).sum(), leaf)
 
 
+@both
+def test_saved_tensors_may_come_back_with_other_strides(name):
+    function, arguments, options = CASES[name]
+    expected = differentiated(function, arguments, options)[1]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: torch.stack((t, t), -1)[..., 0]):
+        given = differentiated(function, arguments, options)[1]
+    for a, b in zip(given, expected):
+        torch.testing.assert_close(a, b, equal_nan=True)
+
+
 def imaginary(t: torch.Tensor) -> torch.Tensor:
     """The same numbers, whose memory holds them with the other sign."""
     negated = torch.complex(t, -t).conj().imag

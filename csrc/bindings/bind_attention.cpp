@@ -198,7 +198,8 @@ py::object attention_gradient(py::handle grad, py::handle q, py::handle k, py::h
   TensorView full = in.mask.view;
   if (!vg.defined || !heads_fit(vq, vk, vv, vq.ndim) || !same_shape(vg, to.view) || !expand_mask(&full, vq, vk))
     return py::none();
-  if (vg.stride[vg.ndim - 1] != 1 && vg.shape[vg.ndim - 1] != 1) return py::none();
+  for (const TensorView* t : {&tg.view, &to.view})
+    if (t->stride[t->ndim - 1] != 1 && t->shape[t->ndim - 1] != 1) return py::none();
   AttentionGradients gradients{vg, {}, {}, {}};
   const int last = vq.ndim - 1;
   py::tuple grads = no_gradients(needs);

@@ -40,6 +40,8 @@ py::object ffn_gradient(py::handle grad, py::handle x, py::handle up_weight, py:
                         py::handle down_weight, py::handle up, py::handle gate, int activation, const py::tuple& needs) {
   EagerTensor tg(grad), tx(x), up_w(up_weight), gate_w(gate_weight), down_w(down_weight), saved_up(up), saved_gate(gate);
   if (read_eager({&tg, &tx, &up_w, &gate_w, &down_w, &saved_up, &saved_gate}) == Plain::no) return py::none();
+  for (const TensorView* saved : {&saved_up.view, &saved_gate.view})
+    if (saved->defined && !saved->contiguous()) return py::none();
   TensorView grad_rows = tg.view, rows = tx.view;
   if (!up_w.view.defined || up_w.view.ndim != 2 || !flatten_rows(&grad_rows) || !flatten_rows(&rows)) return py::none();
   const int64_t F = up_w.view.shape[0], C = up_w.view.shape[1];

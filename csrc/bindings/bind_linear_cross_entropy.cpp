@@ -62,7 +62,7 @@ py::object cross_entropy_gradient(py::handle grad, py::handle x, py::handle weig
   EagerTensor tg(grad), tx(x), tw(weight), tt(target), tl(lse);
   TensorView targets;
   Reduction reduction;
-  if (read_eager({&tg, &tx, &tw, &tt, &tl}) == Plain::no || !tg.view.defined) return py::none();
+  if (read_eager({&tg, &tx, &tw, &tt, &tl}) == Plain::no || !tg.view.defined || !tl.view.contiguous()) return py::none();
   if (!read_targets(tx.view, tw.view, tt.view, &targets) || !read_reduction(reduction_name, &reduction)) return py::none();
   TensorView rows = tx.view;
   if (!flatten_rows(&rows) || tg.view.dtype != DType::f32 || !tg.view.contiguous()) return py::none();

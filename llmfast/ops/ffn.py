@@ -136,8 +136,8 @@ def _backward(grad, x, up_weight, gate_weight, down_weight, up, gate, activation
         up_weight,
         gate_weight,
         down_weight,
-        up,
-        gate if gate_weight is not None else None,
+        up.contiguous(),
+        gate.contiguous() if gate_weight is not None else None,
         activation,
     )
     return grads

@@ -115,7 +115,7 @@ def _backward(grad, x, weight, target, lse, ignore_index: int, need_x: bool, nee
         as_matrix(x),
         weight,
         target.reshape(-1).contiguous(),
-        lse,
+        lse.contiguous(),
         ignore_index,
     )
     return grad_x, grad_weight

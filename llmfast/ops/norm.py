@@ -170,8 +170,8 @@ def _backward(grad_normed, grad_summed, summed, weight, mean, rstd, eps, need_to
         _rows(grad_summed),
         _rows(summed),
         _rows(weight),
-        mean,
-        rstd,
+        None if mean is None else mean.contiguous(),
+        rstd.contiguous(),
         eps,
         mean is not None,
     )
