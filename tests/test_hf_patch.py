@@ -371,3 +371,41 @@ def test_unknown_architecture():
     expected = model(ids, attention_mask=mask).logits[mask == 1]
     patch(model)
     torch.testing.assert_close(model(ids, attention_mask=mask).logits[mask == 1], expected, atol=2e-5, rtol=1e-4)
+
+
+def test_parts_with_other_attention():
+    """A model whose parts differ in attention gets each one's back; so do models side by side in a module."""
+    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    config = transformers.LlavaConfig(
+        vision_config=dict(vision, model_type="clip_vision_model", image_size=16, patch_size=8),
+        text_config=dict(TINY, model_type="llama"),
+    )
+    both = torch.nn.ModuleList([transformers.LlavaForConditionalGeneration(config), _model("llama")])
+    both[0].set_attn_implementation({"vision_config": "eager", "text_config": "sdpa"})
+    models = [m for m in both.modules() if isinstance(m, transformers.PreTrainedModel)]
+    before = [m.config._attn_implementation for m in models]
+    assert {"eager", "sdpa"} <= set(before)
+    for _ in range(2):
+        patch(both)
+    assert {m.config._attn_implementation for m in models} == {"llmfast"}
+    unpatch(both)
+    assert [m.config._attn_implementation for m in models] == before
+
+
+def test_part_of_a_model_with_attention_of_its_own():
+    """GOT-OCR 2's vision tower does not use the attention interface, its language model does."""
+    text = dict(TINY, model_type="qwen2")
+    vision = dict(hidden_size=32, output_channels=16, num_hidden_layers=1, num_attention_heads=2, image_size=32)
+    config = transformers.GotOcr2Config(
+        text_config=text, vision_config=dict(vision, patch_size=8, mlp_dim=48, global_attn_indexes=[0])
+    )
+    model = transformers.GotOcr2ForConditionalGeneration(config).eval()
+    ids, mask = _batch(side="left")
+    expected = model(input_ids=ids, attention_mask=mask).logits
+    language = model.model.language_model.config
+    assert language._attn_implementation == "sdpa"
+    assert "attention of GotOcr2ForConditionalGeneration" in repr(patch(model))
+    assert language._attn_implementation == "llmfast"
+    unpatch(model)
+    assert language._attn_implementation == "sdpa"
+    assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, expected)

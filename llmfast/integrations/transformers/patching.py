@@ -81,7 +81,7 @@ def patch(model: nn.Module) -> Patched:
             report.left[f"{type(module).__name__}: no kernel in its place"] += 1
     for root in roots:
         _patch_head(root, report)
-    _patch_attention(roots[0], report)
+    _patch_attention(roots, report)
     return report
 
 
@@ -91,6 +91,9 @@ def unpatch(model: nn.Module) -> nn.Module:
     Example:
         >>> llmfast.unpatch(model)
     """
+    attention = [m for m in model.modules() if _BEFORE in m.__dict__ and m.config._attn_implementation == "llmfast"]
+    for module in attention:  # the whole before its parts, which it sets too
+        module.set_attn_implementation(module.__dict__[_BEFORE])
     for module in model.modules():
         for attribute in _ATTRIBUTES:
             if layers.is_ours(module.__dict__.get(attribute)):
@@ -98,8 +101,6 @@ def unpatch(model: nn.Module) -> nn.Module:
         if module.__dict__.get("_loss_function") is loss.causal_lm_loss:
             del module._loss_function
         if _BEFORE in module.__dict__:
-            if module.config._attn_implementation == "llmfast":
-                module.set_attn_implementation(module.__dict__[_BEFORE])
             delattr(module, _BEFORE)
     return model
 
@@ -133,12 +134,18 @@ def _patch_head(model: PreTrainedModel, report: Patched) -> None:
     report.replaced["LM head and loss (linear_cross_entropy)"] += 1
 
 
-def _patch_attention(model: PreTrainedModel, report: Patched) -> None:
-    before = model.config._attn_implementation
-    if before != "llmfast":
-        model.set_attn_implementation("llmfast")
+def _patch_attention(roots: list[PreTrainedModel], report: Patched) -> None:
+    """Of each model with a configuration of its own: parts of a model may have another attention than the whole."""
+    own = list({id(model.config): model for model in reversed(roots)}.values())[::-1]
+    before = [model.config._attn_implementation for model in own]
+    inside = {id(part) for model in roots for part in model.modules() if part is not model}
+    for model in roots:
+        if id(model) not in inside:
+            model.set_attn_implementation("llmfast")
+    for model, implementation in zip(own, before):
         if model.config._attn_implementation != "llmfast":
             report.left[f"attention of {type(model).__name__}: it does not use transformers' attention interface"] += 1
-            return
-        setattr(model, _BEFORE, before)
-    report.replaced['attention kernel (attn_implementation="llmfast")'] += 1
+            continue
+        if implementation != "llmfast":
+            setattr(model, _BEFORE, implementation)
+        report.replaced['attention kernel (attn_implementation="llmfast")'] += 1
