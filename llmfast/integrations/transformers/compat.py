@@ -61,7 +61,7 @@ def packed_pattern(mask_function: Callable) -> tuple[Callable, Tensor] | None:
 
 
 _CACHE_NAMES = ("cache", "past_key_values", "layer_past")
-_cache_name_of: dict[type[nn.Module], str] = {}
+_cache_name_of: dict[type[nn.Module], str | None] = {}
 
 
 def given_cache(cache: object, kwargs: dict) -> object:
@@ -73,9 +73,10 @@ def given_cache(cache: object, kwargs: dict) -> object:
 
 
 def with_cache(module: nn.Module, cache: object) -> dict:
-    """The keyword that hands `cache` to a module, ours or transformers' own."""
+    """The keyword that hands `cache` to a module, ours or transformers' own; nothing if an encoder's takes none."""
     kind = type(module)
     if kind not in _cache_name_of:
         parameters = inspect.signature(kind.forward).parameters
-        _cache_name_of[kind] = next(name for name in _CACHE_NAMES if name in parameters)
-    return {_cache_name_of[kind]: cache}
+        _cache_name_of[kind] = next((name for name in _CACHE_NAMES if name in parameters), None)
+    name = _cache_name_of[kind]
+    return {} if name is None else {name: cache}
