@@ -13,6 +13,8 @@ from llmfast import backend  # noqa: E402
 from llmfast.integrations.transformers import masks  # noqa: E402
 
 from transformers import (  # noqa: E402  isort: skip
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     BertConfig,
     BertModel,
     DynamicCache,
@@ -34,6 +36,7 @@ from transformers import (  # noqa: E402  isort: skip
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402  isort: skip
 
 V = 96
 TINY = dict(
@@ -76,6 +79,49 @@ def _gpt_oss():
 
 
 MODELS = {"llama": _llama, "mistral": _mistral, "gemma2": _gemma2, "gemma3": _gemma3, "gpt_oss": _gpt_oss}
+# Models whose layers do something to the mask, or ask for a part of the keys: (model_type, options).
+SPARSE = dict(q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, index_topk=4)
+INDEXER = dict(index_n_heads=4, index_head_dim=16)
+EXPERTS = dict(n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=16)
+BLOCKS = dict(index_n_heads=2, index_head_dim=16, index_block_size=4, index_topk_blocks=1, index_local_blocks=1)
+ENCODER_DECODER = dict(
+    vocab_size=V, d_model=32, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=48, decoder_ffn_dim=48
+) | dict(encoder_attention_heads=4, decoder_attention_heads=4, dropout=0.0, attention_dropout=0.0)
+GEMMA4 = dict(
+    head_dim=8,
+    global_head_dim=8,
+    sliding_window=5,
+    num_hidden_layers=4,
+    num_kv_shared_layers=2,
+    hidden_size_per_layer_input=16,
+    vocab_size_per_layer_input=V,
+    layer_types=["sliding_attention", "full_attention"] * 2,
+)
+OWN_MASKS = {
+    "deepseek_v32": ("deepseek_v32", SPARSE | INDEXER | EXPERTS | dict(num_key_value_heads=4, first_k_dense_replace=1)),
+    "minimax_m3": (
+        "minimax_m3_vl_text",
+        BLOCKS
+        | EXPERTS
+        | dict(head_dim=8, layer_types=["minimax_m3_sparse"] * 2, num_local_experts=4, dense_intermediate_size=48),
+    ),
+    "deepseek_v4": (
+        "deepseek_v4",
+        EXPERTS
+        | INDEXER
+        | dict(
+            head_dim=16,
+            qk_rope_head_dim=8,
+            q_lora_rank=16,
+            index_topk=2,
+            layer_types=["compressed_sparse_attention", "heavily_compressed_attention"],
+            compress_rates={"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
+        ),
+    ),
+    "gemma4": ("gemma4_text", GEMMA4),
+    "pegasus_x": ("pegasus_x", ENCODER_DECODER | dict(block_size=8, num_global_tokens=2)),
+    "bigbird_pegasus": ("bigbird_pegasus", ENCODER_DECODER),
+}
 # What each is compared with: sdpa, or eager where sdpa lacks softcap or sinks.
 PEER = {"llama": "sdpa", "mistral": "sdpa", "gemma2": "eager", "gemma3": "sdpa", "gpt_oss": "eager"}
 
@@ -130,6 +176,45 @@ def test_logits_and_gradients(name, side):
     assert len(ours[1]) == len(expected[1])
     for a, b in zip(ours[1], expected[1]):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+
+
+def _own_masks(name: str):
+    kind, options = OWN_MASKS[name]
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[kind](**({} if "d_model" in options else TINY) | options)
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = auto.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("side", [None, "left"])
+@pytest.mark.parametrize("name", OWN_MASKS)
+def test_layers_with_masks_of_their_own(name, side):
+    model = _own_masks(name)
+    ids, mask = _batch(side=side)
+    labels = ids.masked_fill((mask == 0) | (mask.roll(1, 1) == 0), -100)
+
+    def call():
+        model.zero_grad()
+        out = model(ids, attention_mask=mask, labels=labels)
+        out.loss.backward()
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        text = model.generate(ids, attention_mask=mask, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+        return out.logits[mask == 1], grads, text
+
+    ours, expected = _both(model, "eager", call)
+    torch.testing.assert_close(ours[0], expected[0], atol=5e-5, rtol=1e-4)
+    assert ours[1].keys() == expected[1].keys()
+    largest = max(grad.abs().max().item() for grad in expected[1].values())
+    for parameter, grad in expected[1].items():
+        torch.testing.assert_close(ours[1][parameter], grad, atol=1e-5 * max(largest, 1), rtol=2e-4)
+    assert ours[2].tolist() == expected[2].tolist()
 
 
 GENERATE = {

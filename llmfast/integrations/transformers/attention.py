@@ -30,6 +30,9 @@ def attention_forward(
     position_bias: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
+    indices: Tensor | None = None,
+    block_indices: Tensor | None = None,
+    position_ids: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """What a model calls as ``attn_implementation="llmfast"``.
@@ -45,12 +48,20 @@ def attention_forward(
         position_bias: added to the scores, broadcastable to ``[B, Hq, Tq, Tk]``.
         cu_seq_lens_q, cu_seq_lens_k: bounds of packed sequences in the B * T tokens; a mask of a caller's own or
             padding goes before them.
+        indices: ``[B, Tq, n]``, the only keys that a query may look at (DeepSeek's sparse attention).
+        block_indices: blocks of keys, of which the layer's indexer makes a mask from `position_ids` (MiniMax M3).
 
     Returns:
         ``([B, Tq, Hq, Dv], None)``: attention weights are never stored.
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     mask = read(attention_mask, causal)
+    if block_indices is not None:
+        visible = dense(mask, query.shape[2], mask.keys or key.shape[2], query.device)
+        made = (block_indices, visible, mask.keys or key.shape[2], query.dtype, query.device, position_ids)
+        mask = Mask(False, keys=mask.keys, visible=module.indexer.build_block_mask(*made))
+    if indices is not None:
+        mask = Mask(False, visible=_selected(indices, dense(mask, query.shape[2], key.shape[2], query.device), key))
     if mask.keys is not None and mask.keys != key.shape[2]:
         key, value = key[:, :, : mask.keys], value[:, :, : mask.keys]
     if sliding_window is not None and mask.causal and mask.window is None:
@@ -109,6 +120,15 @@ def _packed(query, key, value, mask: Mask, bounds_q, bounds_k, dropout, scaling,
 def _segments(bounds: Tensor, B: int, T: int) -> Tensor:
     """Which sequence each of the B * T tokens belongs to: ``[B, T]``."""
     return torch.bucketize(torch.arange(B * T, device=bounds.device), bounds[1:], right=True).view(B, T)
+
+
+def _selected(indices: Tensor, mask: Tensor | None, key: Tensor) -> Tensor:
+    """The part of `mask` at the keys in `indices`."""
+    shape = (*indices.shape[:2], key.shape[2])
+    left_out = torch.ones(shape, dtype=torch.bool, device=key.device).scatter(-1, indices.long(), False)[:, None]
+    if mask is None:
+        return ~left_out
+    return mask.masked_fill(left_out, float("-inf")) if mask.is_floating_point() else mask & ~left_out
 
 
 def _add_bias(bias: Tensor, mask: Tensor | None) -> Tensor:

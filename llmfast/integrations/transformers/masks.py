@@ -7,16 +7,17 @@ window and padding need no such table: the kernel takes the first two as numbers
 ======  ===============================  ==============================================================================
 dtype   shape                            meaning
 ======  ===============================  ==============================================================================
-int8    ``[B, 1 + window, n, n or 0]``   causal, bottom-right aligned on the first n keys; the last dimension is 1 where
-                                         a key may be seen, empty if all may. window 0: no limit.
+int8    ``[B or 0, 1 + window, Tq, n]``  causal, bottom-right aligned on the first n keys; the last dimension is 1 where
+                                         a key may be seen, the first one empty if all may. window 0: no limit.
 int32   ``[1, 1 + window, 1, S + 1]``    packed sequences: offsets of S sequences in the B * T tokens, each causal
 bool    broadcasts to [B, Hq, Tq, Tk]    True where a query may look; nothing is implied
 float   broadcasts to [B, Hq, Tq, Tk]    added to the scores; nothing is implied
 ======  ===============================  ==============================================================================
 
 Dimensions 1 and 2 have stride 0: they carry numbers in a form that torch.compile, checkpointing and accelerate's moves
-between devices keep. Whatever is not recognised (chunks, blocks, a caller's own mask function) is built densely by
-transformers' own `sdpa_mask`, which is always right.
+between devices keep. Sliced to the last queries (Gemma 4 does that), a mask is the mask of these. Whatever is not
+recognised (chunks, blocks, a caller's own mask function) is built densely by transformers' own `sdpa_mask`, which is
+always right.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch import Tensor
 from transformers.masking_utils import (
     bidirectional_mask_function,
     causal_mask_function,
+    eager_mask,
     prepare_padding_mask,
     sdpa_mask,
     sliding_window_overlay,
@@ -40,6 +42,9 @@ from llmfast.integrations.transformers.compat import closure, is_and, packed_pat
 __all__ = ["Mask", "build", "dense", "read"]
 
 _SLIDING = sliding_window_overlay(1).__code__
+# Written for eager attention alone, which always has a dense additive mask: DeepSeek-V4's layers append columns to it,
+# the others' causal layers do not say that they are causal.
+_EAGER_ONLY = ("bigbird_pegasus", "deepseek_v4", "informer", "nllb-moe", "pegasus_x")
 
 
 class Mask(NamedTuple):
@@ -69,6 +74,20 @@ def build(
     **kwargs,
 ) -> Tensor | None:
     """transformers' mask interface; arguments as `transformers.masking_utils.sdpa_mask` has them."""
+    if getattr(config, "model_type", None) in _EAGER_ONLY:
+        return eager_mask(
+            batch_size,
+            q_length,
+            kv_length,
+            q_offset,
+            kv_offset,
+            mask_function,
+            attention_mask,
+            allow_is_bidirectional_skip=allow_is_bidirectional_skip,
+            use_vmap=use_vmap,
+            device=device,
+            **kwargs,
+        )
     tracing = is_tracing(attention_mask)
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is not None:
@@ -95,9 +114,9 @@ def build(
             if not tracing and window >= keys:
                 window = 0
             if padding is not None:
-                return _band(window, keys, padding[:, :keys])
+                return _band(window, q_length, padding[:, :keys])
             if window or keys != kv_length:
-                return _band(window, keys, torch.empty(1, 0, dtype=torch.bool, device=device))
+                return _band(window, q_length, torch.empty(0, keys, dtype=torch.bool, device=device))
             return None
     return sdpa_mask(
         batch_size,
@@ -119,8 +138,8 @@ def read(mask: Tensor | None, causal: bool) -> Mask:
     if mask is None:
         return Mask(causal)
     if mask.dtype == torch.int8:
-        visible = mask[:, :1, :1].view(torch.bool) if mask.shape[3] else None
-        return Mask(True, mask.shape[1] - 1 or None, mask.shape[2], visible)
+        visible = mask[:, :1, :1].view(torch.bool) if mask.shape[0] else None
+        return Mask(True, mask.shape[1] - 1 or None, mask.shape[3], visible)
     if mask.dtype == torch.int32:
         return Mask(True, mask.shape[1] - 1 or None, cu_seqlens=mask[0, 0, 0])
     return Mask(False, visible=mask)
@@ -175,9 +194,9 @@ def _aligned_keys(q_length: int, kv_length: int, q_offset: int | Tensor, kv_offs
     return keys if keys <= kv_length else None
 
 
-def _band(window: int, keys: int, visible: Tensor) -> Tensor:
+def _band(window: int, q_length: int, visible: Tensor) -> Tensor:
     visible = visible.contiguous().view(torch.int8)
-    return visible[:, None, None, :].expand(-1, 1 + window, keys, -1)
+    return visible[:, None, None, :].expand(-1, 1 + window, q_length, -1)
 
 
 def _pack(window: int, segments: Tensor) -> Tensor:
