@@ -24,7 +24,7 @@ constexpr int64_t kFewKeys = 16;     // whose values are fetched while their sco
 constexpr int64_t kLeastKeys = 256;  // fewer are not worth an item of their own
 static_assert(kBlock % Vec::kLanes == 0);
 
-// Calls body(first row, Count<n>) so that counts of 4, 2 and 1 cover `rows`.
+// Calls body(first row, Count<n>) so that counts of 4, and 3, 2 or 1 at the end, cover `rows`.
 template <int kCount>
 struct Count {
   static constexpr int value = kCount;
@@ -33,8 +33,11 @@ template <class Body>
 inline void for_row_blocks(int64_t rows, const Body& body) {
   int64_t row = 0;
   for (; row + 4 <= rows; row += 4) body(row, Count<4>{});
-  for (; row + 2 <= rows; row += 2) body(row, Count<2>{});
-  if (row < rows) body(row, Count<1>{});
+  switch (rows - row) {
+    case 3: return body(row, Count<3>{});
+    case 2: return body(row, Count<2>{});
+    case 1: return body(row, Count<1>{});
+  }
 }
 
 // Keys of a block by number, so that hidden ones are stepped over.
@@ -55,14 +58,14 @@ inline void weigh_columns(const float* weights, const float* keep, const KeyList
     for (int v = 0; v < kVecs; ++v) sum[r][v] = Vec::zero();
   for (int i = 0; i < list.count; ++i) {
     const T* row = values + list.key[i] * stride;
-    Vec x[kVecs];
-#pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) x[v] = v + 1 < kVecs ? Vec::load(row + v * kL) : last.load(row + v * kL);
+    Vec weight[kRows];
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      const Vec weight = Vec::set(weights[r * kBlock + list.key[i]]);
+    for (int r = 0; r < kRows; ++r) weight[r] = Vec::set(weights[r * kBlock + list.key[i]]);
 #pragma GCC unroll 8
-      for (int v = 0; v < kVecs; ++v) sum[r][v] = fma(weight, x[v], sum[r][v]);
+    for (int v = 0; v < kVecs; ++v) {
+      const Vec x = v + 1 < kVecs ? Vec::load(row + v * kL) : last.load(row + v * kL);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) sum[r][v] = fma(weight[r], x, sum[r][v]);
     }
   }
 #pragma GCC unroll 4
@@ -74,7 +77,8 @@ inline void weigh_columns(const float* weights, const float* keep, const KeyList
     }
 }
 
-// All Dv head dims of kRows rows; eight or, at the end, four independent sums at a time hide the latency of fma.
+// All Dv head dims of kRows rows; eight or, at the end, four independent sums at a time hide the latency of fma (twelve of
+// three rows, or values would be passed over more often than for two rows and one).
 template <int kRows, class T>
 inline void weigh_values(const float* weights, const float* keep, const KeyList& list, const T* values, int64_t stride,
                          int64_t Dv, float* acc, int64_t acc_stride) {
@@ -84,7 +88,7 @@ inline void weigh_values(const float* weights, const float* keep, const KeyList&
     for (; d + kStep <= Dv; d += kStep)
       weigh_columns<kRows, kVecs>(weights, keep, list, values + d, stride, acc + d, acc_stride, AllLanes{});
   };
-  whole(Count<8 / kRows>{});
+  whole(Count<kRows == 3 ? 4 : 8 / kRows>{});
   whole(Count<4 / kRows>{});
   for_each_vec(Dv - d, [&](int64_t i, auto lanes) {
     weigh_columns<kRows, 1>(weights, keep, list, values + d + i, stride, acc + d + i, acc_stride, lanes);
