@@ -305,6 +305,33 @@ def test_rotary_frequencies_bit_for_bit(kind):
         RotaryScaling("yarn", 2.0)
 
 
+def test_parameters_lie_side_by_side_and_are_tensors_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("llmfast.models.memory.BLOCK", 20_000)  # several blocks, and tensors larger than one
+    torch.manual_seed(1)
+    config = GPTConfig(vocab_size=97, context=16, layers=2, heads=2, width=62, ffn_width=50)
+    made = GPT(config)
+    made.save_pretrained(tmp_path / "model")
+    model = GPT.from_pretrained(tmp_path / "model")
+    assert [p.dtype for p in model.parameters()] == [p.dtype for p in made.parameters()]
+    for (name, parameter), original in zip(model.named_parameters(), made.parameters()):
+        assert torch.equal(parameter, original) and parameter.is_contiguous() and parameter.data_ptr() % 64 == 0, name
+        assert parameter.requires_grad and parameter.untyped_storage().nbytes() == parameter.nbytes, name
+    starts = [p.untyped_storage().data_ptr() for p in model.parameters()]
+    assert len(set(starts)) == len(starts)
+    model.save_pretrained(tmp_path / "again")
+    ids = torch.arange(12)[None]
+    expected = made(ids)
+    for copied in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        model.double().float(),
+        model.share_memory(),
+    ):
+        assert torch.equal(copied(ids), expected)
+    weight = GPT.from_pretrained(tmp_path / "again").blocks[1].ffn.up.weight  # the only thing that is left of it
+    assert torch.equal(weight, made.blocks[1].ffn.up.weight)
+
+
 def test_a_model_that_has_run_can_be_copied_and_pickled():
     model, ids = GPT(GPTConfig(vocab_size=V, context=16, layers=1, heads=2, width=16)), torch.randint(V, (1, 4))
     expected = logits(model, ids)

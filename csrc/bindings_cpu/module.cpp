@@ -58,6 +58,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("max_threads", [] { return omp_get_max_threads(); });
   m.def("workspace_bytes", &workspace_total_bytes);
   m.def("keep_freed_memory", &keep_freed_memory);
+  m.def("ask_for_large_pages", &prepare);
   bind_ops(m);
   bind_block(m);
   bind_linear_cross_entropy_joint(m);

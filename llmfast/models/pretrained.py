@@ -20,6 +20,7 @@ from torch import Tensor
 
 from llmfast.models.config import GPTConfig
 from llmfast.models.hf_config import config_from_hf, config_to_hf
+from llmfast.models.memory import allocate
 from llmfast.models.tensor_names import GPT2, LLAMA, PHI3, Part, parts
 
 if TYPE_CHECKING:
@@ -185,7 +186,7 @@ def _model(
         raise ValueError(f"{files.path}: holds tensors that the model has no place for: {_some(unknown)}")
     with torch.device("meta"):
         model = cls(config)
-    model = model.to(dtype).to_empty(device="cpu")
+    model = allocate(model.to(dtype))
     for name, parameter in model.named_parameters():
         start = 0
         for part in table[name]:
