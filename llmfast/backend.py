@@ -21,6 +21,7 @@ from types import ModuleType
 import torch
 
 __all__ = [
+    "check_threads",
     "choose_device",
     "count_fallback",
     "fallbacks",
@@ -38,6 +39,7 @@ __all__ = [
 ]
 
 ISAS = ("ref", "avx2", "avx512", "avx512bf16", "amx")
+MOST_THREADS = 1024  # OpenMP ends the process where the system does not give as many as asked for
 
 # Looked for once, as a file: torch.compile may ask before anything has run.
 _CUDA_WAS_BUILT = importlib.util.find_spec("llmfast._cuda") is not None
@@ -210,6 +212,12 @@ def _best_rows(rows: list[dict]) -> dict[str, str | None]:
         dtype: next((row["isa"] for row in rows if row["available"] and dtype in row["dtypes"]), None)
         for dtype in ("float32", "bfloat16", "float16")
     }
+
+
+def check_threads(threads: int | None) -> None:
+    """ValueError for an option `threads` that is neither None nor a number of threads that a machine may have."""
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise ValueError(f"threads: got {threads}, expected 1 to {MOST_THREADS}")
 
 
 def info() -> dict:

@@ -494,6 +494,15 @@ def test_rows_are_counted(isa, Tq, table):
     assert changed == {min(isa, "avx512", key=backend.ISAS.index): 1}
 
 
+@pytest.mark.parametrize("far", [2**62, 2**63 - 1, 2**70])
+def test_windows_wider_than_any_sequence(far):
+    q, k, v = make(2, 4, 2, 7, 7, 8)
+    for causal, window in ((True, far), (True, (far, 0)), (False, (far, far)), (False, (3, far))):
+        near = 7 if window == far else tuple(min(w, 7) for w in window)
+        expected = attention(q, k, v, causal=causal, window=near)
+        torch.testing.assert_close(attention(q, k, v, causal=causal, window=window), expected, rtol=0, atol=0)
+
+
 def test_errors_name_the_argument():
     q, k, v = make(2, 4, 2, 5, 7, 8)
     bounds = packed_bounds([2, 3])

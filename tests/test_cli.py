@@ -139,7 +139,8 @@ def test_generate_computes_several_prompts_and_samples_as_a_batch(run, here):
 
 BAD = [
     (["nonsense"], "unknown command 'nonsense'"),
-    (["generate", "nowhere"], "nowhere"),
+    (["generate", "nowhere"], "'nowhere', expected the folder of a run or of a checkpoint, of a Hugging Face model"),
+    (["generate", "run", "--threads", "100000"], "threads: got 100000, expected 1 to 1024"),
     (["generate", "run", "--temperature", "-1"], "temperature: got -1.0"),
     (["generate", "run", "--max-new-tokens", "100"], "only 48 fit"),
     (["generate", "run", "--stop", ""], "stop_strings"),

@@ -38,6 +38,7 @@ def test_text_file_whole_and_split_on_a_separator(tmp_path):
 def test_folder_is_read_recursively_in_order_without_hidden_files(tmp_path):
     for name in ("b.txt", "a/z.md", "a/a.py", ".git/x.txt", "a/.hidden.txt", "image.png"):
         write(tmp_path / name, name)
+    os.mkfifo(tmp_path / "pipe.txt")
     assert list(open_corpus(tmp_path)) == ["a/a.py", "a/z.md", "b.txt"]
     assert list(open_corpus(str(tmp_path / "**" / "*.md"))) == ["a/z.md"]
 

@@ -224,6 +224,8 @@ def test_bad_arguments_are_named_before_any_work(arguments, name):
 def test_a_prompt_without_batch_dimension_is_named(model):
     with pytest.raises(ValueError, match=r"input_ids: got shape \(4,\), expected \(B, T\)"):
         model(torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"input_ids: got shape \(0, 5\), expected \(B, T\), both positive"):
+        model(torch.zeros(0, 5, dtype=torch.int64))
 
 
 def test_logits_that_are_not_finite_are_an_error():

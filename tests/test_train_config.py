@@ -70,6 +70,7 @@ def test_unknown_schedule():
         ({"beta2": 1.0}, "beta2: got 1.0"),
         ({"dtype": "float16"}, "dtype: got 'float16', expected one of auto, float32, bfloat16"),
         ({"warmup": 20, "steps": 10}, "warmup: got 20, expected less than the schedule's 10"),
+        ({"threads": 100_000}, "threads: got 100000, expected 1 to 1024"),
         ({"heads": 5}, "heads: got 5, expected a divisor of width"),
         ({"kv_heads": 0}, "kv_heads: got 0, expected a positive number"),
         ({"head_dim": -2}, "head_dim: got -2, expected a positive number"),

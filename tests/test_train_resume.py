@@ -10,6 +10,7 @@ from rich.console import Console
 from training import assert_same_tensors, records, start_script, tensors, tiny_config, train
 
 from llmfast.cli import pretrain as cli
+from llmfast.data import ShardError
 from llmfast.train import pretrain, read_metrics
 from llmfast.train.interrupt import StopRequest
 
@@ -60,6 +61,17 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
     again = train(config)
     assert again.step == 5 and again.val_loss == first.val_loss
     assert (first.out_dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_changed_bit_of_the_data_ends_resumption(tmp_path):
+    config = tiny_config(tmp_path, steps=5)
+    shard = next(train(config).out_dir.glob("dataset/train*.bin"))
+    content = bytearray(shard.read_bytes())
+    content[-3] ^= 1
+    shard.write_bytes(content)
+    config.steps, config.resume = 10, "auto"
+    with pytest.raises(ShardError, match=f"{shard.name}: the contents do not match"):
+        train(config)
 
 
 def test_auto_starts_a_run_where_none_is(tmp_path):

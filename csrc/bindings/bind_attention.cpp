@@ -34,12 +34,14 @@ bool read_number(py::handle value, double* number) {
   return false;
 }
 
+constexpr int64_t kFar = int64_t{1} << 62;  // no sequence is that long: as no limit
+
 bool read_distance(PyObject* value, Distance* distance) {
   if (!PyLong_CheckExact(value)) return false;
   int overflow;
   const int64_t number = PyLong_AsLongLongAndOverflow(value, &overflow);
   if (overflow || number < -1) return false;
-  if (number >= 0) *distance = number;
+  if (number >= 0 && number < kFar) *distance = number;
   return true;
 }
 

@@ -45,13 +45,13 @@ py::object cross_entropy_eager(py::handle x, py::handle weight, py::handle targe
   TensorView loss_view, lse_view, losses;
   py::object lse = py::none(), owner;
   py::object loss = new_tensor(rows, DType::f32, tt.view.shape, separate ? tt.view.ndim : 0, &loss_view);
-  if (!save || !separate) {
-    const TensorView scratch = scratch_floats(rows, {2, M}, &owner);
-    losses = floats_at(rows, scratch.data, M);
-    lse_view = floats_at(rows, scratch.as<float>() + M, M);
-  }
-  if (separate) losses = floats_at(rows, loss_view.data, M);
   if (save) lse = new_tensor(rows, DType::f32, {M}, &lse_view);
+  if (separate) losses = floats_at(rows, loss_view.data, M);
+  if (!save || !separate) {  // after everything that may run Python code, and so another op
+    const TensorView scratch = scratch_floats(rows, {2, M}, &owner);
+    if (!separate) losses = floats_at(rows, scratch.data, M);
+    if (!save) lse_view = floats_at(rows, scratch.as<float>() + M, M);
+  }
   run(LinearCrossEntropyParams{rows, tw.view, targets, losses, lse_view, ignore_index});
   if (!separate) run(LossReductionParams{losses, targets, loss_view, ignore_index, reduction == Reduction::mean});
   return save ? py::object(list_of(loss, lse)) : loss;

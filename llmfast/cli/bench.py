@@ -66,8 +66,7 @@ class BenchConfig:
     def __post_init__(self) -> None:
         if self.plot and importlib.util.find_spec("matplotlib") is None:
             raise ValueError("plot: needs matplotlib: pip install 'llmfast[plot]'")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads: got {self.threads}, expected at least 1")
+        backend.check_threads(self.threads)
         if self.timeout <= 0:
             raise ValueError(f"timeout: got {self.timeout}, expected a positive number of seconds")
         if self.preset is None and (self.batch or self.sequence):

@@ -71,8 +71,7 @@ class GenerateConfig:
             raise ValueError(f"num_samples: got {self.num_samples}, expected at least 1")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: got {self.max_new_tokens}, expected at least 1")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads: got {self.threads}, expected at least 1")
+        backend.check_threads(self.threads)
         if self.prompt.count("-") > 1:
             raise ValueError("prompt: got - twice, expected standard input once")
         if self.system is not None and not self.chat:
@@ -112,7 +111,12 @@ def _load(config: GenerateConfig) -> tuple[GPT, Tokenizer]:
     if gguf is not None or ((path / "config.json").is_file() and not ours):
         model = GPT.from_pretrained(path, dtype or (torch.bfloat16 if gguf else None))
         return model, load_tokenizer(path)
-    model, tokenizer = load_model(path, dtype)
+    try:
+        model, tokenizer = load_model(path, dtype)
+    except FileNotFoundError as error:
+        if (path / "checkpoints").is_dir():
+            raise
+        raise FileNotFoundError(f"{error}, of a Hugging Face model, or a .gguf file") from None
     if tokenizer is None:
         raise ValueError(f"model: {path} was trained on token shards without a tokenizer, so it cannot speak text")
     return model, tokenizer

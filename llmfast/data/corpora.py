@@ -213,7 +213,8 @@ def _walk(root: Path, suffixes: Iterable[str], left_out: frozenset[str]) -> list
     found = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in left_out and not name.startswith(".")]
-        found += [Path(folder, name) for name in names if Path(name).suffix.lower() in suffixes and name[0] != "."]
+        files = [Path(folder, name) for name in names if Path(name).suffix.lower() in suffixes and name[0] != "."]
+        found += [file for file in files if file.is_file()]  # a pipe would be waited for
     return sorted(found, key=lambda file: file.relative_to(root).as_posix())
 
 

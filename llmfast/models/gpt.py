@@ -208,8 +208,8 @@ class GPT(nn.Module):
         last_only: bool = False,
     ) -> Tensor:
         """What the head reads: the final norm's output ``[B, T, C]``, in the parameters' dtype. Arguments as `forward`."""
-        if input_ids.dim() != 2:
-            raise ValueError(f"input_ids: got shape {tuple(input_ids.shape)}, expected (B, T)")
+        if input_ids.dim() != 2 or input_ids.numel() == 0:
+            raise ValueError(f"input_ids: got shape {tuple(input_ids.shape)}, expected (B, T), both positive")
         B, T = input_ids.shape
         seen = caches[0].length if caches else 0
         if seen + T > self.config.context:

@@ -311,6 +311,7 @@ class _BlockFunction(torch.autograd.Function):
     @first_derivative
     def backward(ctx, d_out: Tensor, d_stream_out: Tensor):
         x, cos, sin, mask, cu_seqlens, stream_out, saved, *weights = ctx.saved_tensors
+        x, stream_out, saved = (t.contiguous() for t in (x, stream_out, saved))  # hooks may hand back other strides
         needs = ctx.needs_input_grad[4:]
         d_weights = tuple(torch.empty_like(w) if need else None for w, need in zip(weights, needs))
         d_stream = torch.empty_like(stream_out)

@@ -25,6 +25,7 @@ from llmfast.ops._native_op import (
 __all__ = ["attention", "varlen_attention"]
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+_FAR = 1 << 62  # a distance that no sequence reaches
 _MOST_CUDA_HEAD_DIM = 256
 
 Window = int | tuple[int, int] | None
@@ -237,13 +238,13 @@ def _band(causal: bool, window: Window) -> tuple[int | None, int | None]:
     if isinstance(window, int) and not isinstance(window, bool):
         if window < 1:
             raise ValueError(f"window: got {window}, expected at least 1")
-        left, right = window - 1, 0
+        left, right = None if window > _FAR else window - 1, 0
     else:
         if not (isinstance(window, tuple | list) and len(window) == 2 and all(isinstance(w, int) for w in window)):
             raise TypeError(f"window: got {window!r}, expected an int or a pair (left, right)")
         if min(window) < -1:
             raise ValueError(f"window: got {window!r}, expected distances of at least 0, or -1 for no limit")
-        left, right = (None if w == -1 else w for w in window)
+        left, right = (None if w == -1 or w >= _FAR else w for w in window)
     return left, 0 if causal else right
 
 

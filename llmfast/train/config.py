@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from llmfast import backend
 from llmfast.models import PRESETS, GPTConfig
 from llmfast.train.schedule import SCHEDULES
 
@@ -173,9 +174,10 @@ class PretrainConfig:
             raise ValueError(f"preset: got {self.preset!r}, expected one of {', '.join(PRESETS)}")
         for name in ("steps", "batch_size", "grad_accumulation", "log_every", "val_batches", "keep"):
             self._require(name, getattr(self, name) >= 1, "a positive number")
-        for name in ("tokens", "seq_len", "schedule_steps", "threads", "vocab_size"):
+        for name in ("tokens", "seq_len", "schedule_steps", "vocab_size"):
             value = getattr(self, name)
             self._require(name, value is None or value >= 1, "a positive number")
+        backend.check_threads(self.threads)
         for name in ("warmup", "val_every", "sample_every", "save_every", "sample_tokens", "weight_decay", "clip"):
             value = getattr(self, name)
             self._require(name, value is None or 0 <= value < math.inf, "a number from 0")

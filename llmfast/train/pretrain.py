@@ -259,6 +259,9 @@ def _finish(run: Run, stop: StopRequest) -> None:
             f"resume with: llmfast pretrain --resume {run.folder}",
             style="bold yellow",
         )
+    elif run.trained_steps == 0:
+        steps = run.config.total_steps
+        run.display.line(f"nothing to do: {run.checkpoint} is at step {run.step} of {steps}", style="bold")
     else:
         run.display.line(f"done: {run.checkpoint}", style="bold green")
 
