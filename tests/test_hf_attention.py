@@ -11,6 +11,7 @@ transformers = pytest.importorskip("transformers", "5.4")
 import llmfast.integrations.transformers  # noqa: E402, F401
 from llmfast import backend  # noqa: E402
 from llmfast.integrations.transformers import masks  # noqa: E402
+from llmfast.integrations.transformers.attention import attention_forward  # noqa: E402
 
 from transformers import (  # noqa: E402  isort: skip
     AutoModelForCausalLM,
@@ -303,6 +304,22 @@ def test_sink_gradients():
     for a, b in zip(ours, expected):
         assert b.abs().max() > 0
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_sink_of_each_query(bias):
+    """As Inkling 2's layers call: one more score in the softmax, without a value."""
+    q, k, v, sinks = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 4, 6, 1)
+    leaves = [t.requires_grad_() for t in (q, k, v, sinks)]
+    layer, position_bias = torch.nn.Module(), torch.randn(2, 4, 6, 6) if bias else None
+    out = attention_forward(layer, q, k, v, None, scaling=0.3, position_bias=position_bias, sinks=sinks)[0]
+    scores = q @ k.repeat_interleave(2, 1).mT * 0.3 + (position_bias if bias else 0)
+    scores = scores.masked_fill(~torch.ones(6, 6, dtype=torch.bool).tril(), float("-inf"))
+    weights = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
+    expected = (weights @ v.repeat_interleave(2, 1)).transpose(1, 2)
+    torch.testing.assert_close(out, expected)
+    for a, b in zip(torch.autograd.grad(out.pow(2).sum(), leaves), torch.autograd.grad(expected.pow(2).sum(), leaves)):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["bool", "float"])

@@ -33,6 +33,7 @@ def attention_forward(
     indices: Tensor | None = None,
     block_indices: Tensor | None = None,
     position_ids: Tensor | None = None,
+    sinks: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """What a model calls as ``attn_implementation="llmfast"``.
@@ -45,6 +46,7 @@ def attention_forward(
             bfloat16 and float16, and tensors of a class with its own idea of torch's functions.
         sliding_window: a query sees itself and the sliding_window - 1 keys before it (causal layers).
         s_aux: ``[Hq]``, a sink per head: one more score in the softmax, with no value.
+        sinks: ``[B, Hq, Tq, 1]``, the same of each query (Inkling 2).
         position_bias: added to the scores, broadcastable to ``[B, Hq, Tq, Tk]``.
         cu_seq_lens_q, cu_seq_lens_k: bounds of packed sequences in the B * T tokens; a mask of a caller's own or
             padding goes before them.
@@ -56,6 +58,10 @@ def attention_forward(
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     mask = read(attention_mask, causal)
+    if sinks is not None:
+        sinks = sinks[..., 0]
+    elif s_aux is not None:
+        sinks = s_aux[:, None]
     if block_indices is not None:
         visible = dense(mask, query.shape[2], mask.keys or key.shape[2], query.device)
         made = (block_indices, visible, mask.keys or key.shape[2], query.dtype, query.device, position_ids)
@@ -67,19 +73,19 @@ def attention_forward(
     if sliding_window is not None and mask.causal and mask.window is None:
         mask = mask._replace(window=sliding_window)
     if cu_seq_lens_q is not None and mask.visible is None:
-        return _packed(query, key, value, mask, cu_seq_lens_q, cu_seq_lens_k, dropout, scaling, softcap, s_aux), None
+        return _packed(query, key, value, mask, cu_seq_lens_q, cu_seq_lens_k, dropout, scaling, softcap, sinks), None
     if mask.cu_seqlens is not None:
         bounds = mask.cu_seqlens
-        return _packed(query, key, value, mask, bounds, bounds, dropout, scaling, softcap, s_aux), None
+        return _packed(query, key, value, mask, bounds, bounds, dropout, scaling, softcap, sinks), None
     if position_bias is not None:
         mask = Mask(False, visible=_add_bias(position_bias, dense(mask, query.shape[2], key.shape[2], query.device)))
     if query.shape[0] != key.shape[0]:  # learned queries, shared by the batch
         query = query.expand(key.shape[0], -1, -1, -1)
-    reason = _why_plain(query, dropout, s_aux)
+    reason = _why_plain(query, dropout, sinks)
     if reason:
-        out = _plain(reason, query, key, value, mask, dropout, scaling, softcap, s_aux)
-    elif s_aux is not None:
-        out = _with_sinks(query, key, value, mask, scaling, softcap, s_aux)
+        out = _plain(reason, query, key, value, mask, dropout, scaling, softcap, sinks)
+    elif sinks is not None:
+        out = _with_sinks(query, key, value, mask, scaling, softcap, sinks)
     else:
         out = ops.attention(
             query,
@@ -94,20 +100,20 @@ def attention_forward(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _packed(query, key, value, mask: Mask, bounds_q, bounds_k, dropout, scaling, softcap, s_aux) -> Tensor:
+def _packed(query, key, value, mask: Mask, bounds_q, bounds_k, dropout, scaling, softcap, sinks) -> Tensor:
     """Packed sequences: the batch is one stream of tokens. ``[B, Tq, Hq, Dv]``."""
     B, _, Tq, _ = query.shape
-    reason = _why_plain(query, dropout, s_aux)
-    if reason or s_aux is not None:
+    reason = _why_plain(query, dropout, sinks)
+    if reason or sinks is not None:
         segment_q, segment_k = _segments(bounds_q, B, Tq), _segments(bounds_k, B, key.shape[2])
         visible = (segment_q[:, :, None] == segment_k[:, None, :])[:, None]
         if mask.causal:
             visible = visible & dense(Mask(True, mask.window), Tq, key.shape[2], query.device)
         mask = Mask(False, visible=visible)
         if reason:
-            out = _plain(reason, query, key, value, mask, dropout, scaling, softcap, s_aux)
+            out = _plain(reason, query, key, value, mask, dropout, scaling, softcap, sinks)
         else:
-            out = _with_sinks(query, key, value, mask, scaling, softcap, s_aux)
+            out = _with_sinks(query, key, value, mask, scaling, softcap, sinks)
         return out.transpose(1, 2).contiguous()
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     window = mask.window if mask.causal else None
@@ -137,22 +143,22 @@ def _add_bias(bias: Tensor, mask: Tensor | None) -> Tensor:
     return bias + mask if mask.is_floating_point() else bias.masked_fill(~mask, float("-inf"))
 
 
-def _why_plain(query: Tensor, dropout: float, s_aux: Tensor | None) -> str | None:
+def _why_plain(query: Tensor, dropout: float, sinks: Tensor | None) -> str | None:
     if dropout > 0:
         return "dropout"
     if query.dtype not in _FLOATING:
         return f"dtype {query.dtype}"
     if overrides_torch(query):
         return f"a {type(query).__name__}"
-    if s_aux is not None and not query.is_cpu:
+    if sinks is not None and not query.is_cpu:
         return f"sinks on {query.device.type}"
     return None
 
 
-def _plain(reason: str, query, key, value, mask: Mask, dropout, scaling, softcap, s_aux) -> Tensor:
+def _plain(reason: str, query, key, value, mask: Mask, dropout, scaling, softcap, sinks) -> Tensor:
     backend.count_fallback("attention", reason)
     visible = dense(mask, query.shape[2], key.shape[2], query.device)
-    if not softcap and s_aux is None:
+    if not softcap and sinks is None:
         gqa = query.shape[1] != key.shape[1]
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=visible, dropout_p=dropout, scale=scaling, enable_gqa=gqa
@@ -164,23 +170,22 @@ def _plain(reason: str, query, key, value, mask: Mask, dropout, scaling, softcap
         scores = softcap * torch.tanh(scores / softcap)
     if visible is not None:
         scores = _add_bias(scores, visible)
-    if s_aux is not None:
-        sinks = s_aux.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-        scores = torch.cat([scores, sinks], -1)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype).expand(scores.shape[:3])[..., None]], -1)
     weights = scores.softmax(-1, torch.float32).to(query.dtype)[..., : key.shape[2]]
     return F.dropout(weights, dropout) @ value
 
 
-def _with_sinks(query, key, value, mask: Mask, scaling, softcap, s_aux) -> Tensor:
+def _with_sinks(query, key, value, mask: Mask, scaling, softcap, sinks) -> Tensor:
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     visible = mask.visible
     left = mask.window - 1 if mask.window else None
     right = 0 if mask.causal else None
-    return _Sinks.apply(query, key, value, s_aux, visible, left, right, scale, float(softcap or 0.0))
+    return _Sinks.apply(query, key, value, sinks, visible, left, right, scale, float(softcap or 0.0))
 
 
 class _Sinks(torch.autograd.Function):
-    """Attention whose softmax has one more score s per head, without a value.
+    """Attention whose softmax has one more score s, without a value; `sinks` broadcasts to ``[B, Hq, Tq]``.
 
     With ``lse' = log(exp(lse) + exp(s))`` the weights are ``exp(score - lse')``: the output is ``out * exp(lse - lse')``,
     and the kernel's backward pass, which recomputes weights from lse, is exact when handed lse' and that output. The
@@ -190,7 +195,7 @@ class _Sinks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, sinks, mask, left, right, scale, softcap):
         out, lse = torch.ops.llmfast.attention_forward(q, k, v, mask, left, right, scale, softcap)
-        total = torch.logaddexp(lse, sinks.float()[None, :, None])
+        total = torch.logaddexp(lse, sinks.float())
         out = out * (lse - total).exp()[..., None].to(out.dtype)
         ctx.save_for_backward(q, k, v, out, total, sinks, mask)
         ctx.options = left, right, scale, softcap
@@ -202,6 +207,6 @@ class _Sinks(torch.autograd.Function):
         d_q, d_k, d_v = torch.ops.llmfast.attention_backward(grad, q, k, v, out, total, mask, *ctx.options)
         d_sinks = None
         if ctx.needs_input_grad[3]:
-            weight = (sinks.float()[None, :, None] - total).exp()
-            d_sinks = -(weight * (grad.float() * out.float()).sum(-1)).sum((0, 2)).to(sinks.dtype)
+            weight = (sinks.float() - total).exp()
+            d_sinks = -(weight * (grad.float() * out.float()).sum(-1)).sum_to_size(sinks.shape).to(sinks.dtype)
         return d_q, d_k, d_v, d_sinks, None, None, None, None, None
