@@ -69,15 +69,16 @@ def test_fewer_panels_of_columns_than_threads(isa, N, threads):
 @pytest.fixture
 def fewer_threads():
     """OpenMP gives no team more threads than there are processors, and fewer than asked for, as OMP_DYNAMIC lets it."""
-    libraries = re.findall(r"/\S*/lib[gi]?omp\S*\.so\S*", Path("/proc/self/maps").read_text())
-    if not libraries:
-        pytest.skip("torch has another OpenMP runtime")
-    runtime, before = ctypes.CDLL(libraries[0]), torch.get_num_threads()
-    runtime.omp_set_dynamic(1)
+    libraries = set(re.findall(r"/\S*/lib[gi]?omp\S*\.so\S*", Path("/proc/self/maps").read_text()))
+    runtimes, before = [ctypes.CDLL(library) for library in libraries], torch.get_num_threads()
+    assert runtimes
+    for runtime in runtimes:
+        runtime.omp_set_dynamic(1)
     torch.set_num_threads(4 * os.cpu_count())
     yield
     torch.set_num_threads(before)
-    runtime.omp_set_dynamic(0)
+    for runtime in runtimes:
+        runtime.omp_set_dynamic(0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)

@@ -22,9 +22,9 @@ def defaults(arguments: Sequence[str]) -> PretrainConfig:
     file, resume = _value_of("--config", arguments), _value_of("--resume", arguments)
     values = {} if file is None else read_config_file(file)
     if resume is not None:
-        out = _value_of("--out", arguments) or values.get("out", PretrainConfig.out)
-        folder = run_folder(PretrainConfig(out=out, resume=resume))
-        if (given := _value_of("--out", arguments)) and Path(given).absolute() != folder.absolute():
+        given = _value_of("--out", arguments)
+        folder = run_folder(PretrainConfig(out=given or values.get("out", PretrainConfig.out), resume=resume))
+        if given and Path(given).absolute() != folder.absolute():
             raise ValueError(f"out: got {given!r}, expected none, as resume continues the run in {str(folder)!r}")
         if resume != "auto" or (folder / CONFIG_FILE).exists():
             values = {**read_config_file(folder / CONFIG_FILE), **values, "out": str(folder)}

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmfast import backend
 
-__all__ = ["allocate"]
+if TYPE_CHECKING:
+    from llmfast.models.config import GPTConfig
+    from llmfast.models.gpt import GPT
+
+__all__ = ["uninitialised"]
 
 BLOCK = 64 << 20  # bytes: what stays in use at most when only one of its parameters is still needed
 ALIGNMENT = 64  # bytes, as torch's allocator has it
 
 
-def allocate(model: nn.Module) -> nn.Module:
-    """Gives a model on the meta device uninitialised memory of the CPU, its parameters side by side in large blocks.
+def uninitialised(cls: type[GPT], config: GPTConfig, dtype: torch.dtype) -> GPT:
+    """``cls(config)`` with memory of the CPU that nothing has written, the parameters side by side in large blocks.
 
     Decoding reads every weight once a token, and 4 KiB pages slow that down. Most weights are smaller than a page of
     2 MiB; a block of many is not, and asks for such pages before it is touched. Each parameter has a storage of its own.
     """
+    with torch.device("meta"):
+        model = cls(config).to(dtype)
     tensors = [*model.parameters(), *model.buffers()]
     left = sum(_aligned(t.nbytes) for t in tensors)
     block = torch.UntypedStorage(0)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llmfast.models.config import GPTConfig
 from llmfast.models.hf_config import config_from_hf, config_to_hf
-from llmfast.models.memory import allocate
+from llmfast.models.memory import uninitialised
 from llmfast.models.tensor_names import GPT2, LLAMA, PHI3, Part, parts
 
 if TYPE_CHECKING:
@@ -184,9 +184,7 @@ def _model(
     unknown = {name for name in unknown if not _zero_gate_bias(name, files)}
     if unknown:
         raise ValueError(f"{files.path}: holds tensors that the model has no place for: {_some(unknown)}")
-    with torch.device("meta"):
-        model = cls(config)
-    model = allocate(model.to(dtype))
+    model = uninitialised(cls, config, dtype)
     for name, parameter in model.named_parameters():
         start = 0
         for part in table[name]:

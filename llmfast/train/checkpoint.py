@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from llmfast.data import Tokenizer, load_tokenizer
 from llmfast.data.files import atomic_file, new_digest, write_json
 from llmfast.models import GPT, GPTConfig
-from llmfast.models.memory import allocate
+from llmfast.models.memory import uninitialised
 
 __all__ = [
     "CheckpointError",
@@ -347,9 +347,7 @@ def load_model(path: str | os.PathLike, dtype: torch.dtype | None = None) -> tup
     description = json.loads((checkpoint / CONFIG_FILE).read_bytes())
     del description["model_type"]
     saved_dtype = getattr(torch, description.pop("dtype"))
-    with torch.device("meta"):
-        model = GPT(GPTConfig(**description))
-    model = allocate(model.to(dtype or saved_dtype))
+    model = uninitialised(GPT, GPTConfig(**description), dtype or saved_dtype)
     _load_weights(model, load_file(checkpoint / MODEL_FILE), checkpoint / MODEL_FILE)
     has_tokenizer = any((checkpoint / name).is_file() for name in ("tokenizer.json", "llmfast_tokenizer.json"))
     return model, load_tokenizer(checkpoint) if has_tokenizer else None

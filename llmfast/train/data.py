@@ -48,27 +48,26 @@ class TrainingData:
             "vocab_size": self.vocab_size,
         }
 
+    def verify(self, progress: Progress) -> None:
+        """Compares all tokens with their checksums, as a run must that is to go on as if never ended: ShardError."""
+        shards = [shard for split in (self.train, self.val) if split for shard in split.shards]
+        sizes = [shard.tokens.nbytes for shard in shards]
+        for i, shard in enumerate(shards):
+            progress("checking the data", sum(sizes[:i]), sum(sizes))
+            shard.verify()
+
 
 def training_data(
     config: PretrainConfig, run: Path, progress: Progress | None = None, *, resuming: bool = False
 ) -> TrainingData:
     """Open what `config.data` names; text is tokenised into ``config.dataset_dir`` (default ``run/dataset``) first.
 
-    A run that is `resuming` takes the tokenised data as it lies there, without reading the text again, but compares all
-    of it with its checksums: the same steps follow from the same tokens only.
+    A run that is `resuming` takes the tokenised data as it lies there, without reading the text again.
 
     Raises:
-        ShardError: tokens changed since they were written.
         ValueError, FileNotFoundError, FileExistsError: as `open_corpus`, `build_tokenizer`, `prepare` and
         `open_dataset` raise them, and ValueError when shards do not tell their vocabulary.
     """
-    data = _find(config, run, progress, resuming)
-    if resuming:
-        _verify(data, progress)
-    return data
-
-
-def _find(config: PretrainConfig, run: Path, progress: Progress | None, resuming: bool) -> TrainingData:
     if config.data.endswith(".bin"):
         return _from_shards(config)
     if config.val_data is not None:
@@ -88,15 +87,6 @@ def _find(config: PretrainConfig, run: Path, progress: Progress | None, resuming
     if tokenizer is None:
         tokenizer = load_tokenizer(config.tokenizer)
     return _from_dataset(prepare(corpus, tokenizer, folder, val_fraction=config.val_fraction, progress=progress))
-
-
-def _verify(data: TrainingData, progress: Progress | None) -> None:
-    shards = [shard for split in (data.train, data.val) if split for shard in split.shards]
-    sizes = [shard.tokens.nbytes for shard in shards]
-    for i, shard in enumerate(shards):
-        if progress:
-            progress("checking the data", sum(sizes[:i]), sum(sizes))
-        shard.verify()
 
 
 def _saved_tokenizer(folder: Path, config: PretrainConfig) -> Tokenizer | None:

@@ -205,6 +205,8 @@ def _prepare(
     state = read_checkpoint(checkpoint) if checkpoint else None
     resuming = state is not None and not _other_data(config, folder)
     data = training_data(config, folder, display.stage, resuming=resuming)
+    if state:
+        data.verify(display.stage)
     display.close()
     if data.tokenizer:
         data.tokenizer.encode(config.sample_prompt)  # a character it does not know must not end the run later

@@ -74,20 +74,10 @@ def build(
     **kwargs,
 ) -> Tensor | None:
     """transformers' mask interface; arguments as `transformers.masking_utils.sdpa_mask` has them."""
+    asked = (batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask)
     if getattr(config, "model_type", None) in _EAGER_ONLY:
-        return eager_mask(
-            batch_size,
-            q_length,
-            kv_length,
-            q_offset,
-            kv_offset,
-            mask_function,
-            attention_mask,
-            allow_is_bidirectional_skip=allow_is_bidirectional_skip,
-            use_vmap=use_vmap,
-            device=device,
-            **kwargs,
-        )
+        skip = allow_is_bidirectional_skip
+        return eager_mask(*asked, allow_is_bidirectional_skip=skip, use_vmap=use_vmap, device=device, **kwargs)
     tracing = is_tracing(attention_mask)
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is not None:
@@ -118,19 +108,7 @@ def build(
             if window or keys != kv_length:
                 return _band(window, q_length, torch.empty(0, keys, dtype=torch.bool, device=device))
             return None
-    return sdpa_mask(
-        batch_size,
-        q_length,
-        kv_length,
-        q_offset,
-        kv_offset,
-        mask_function,
-        attention_mask,
-        local_size,
-        allow_is_causal_skip=False,
-        use_vmap=use_vmap,
-        device=device,
-    )
+    return sdpa_mask(*asked, local_size, allow_is_causal_skip=False, use_vmap=use_vmap, device=device)
 
 
 def read(mask: Tensor | None, causal: bool) -> Mask:
