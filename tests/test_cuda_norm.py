@@ -13,7 +13,7 @@ pytest_plugins = "cuda_emulated"
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # One element; less than eight; every tail; a warp's and a block's rows; more rows than blocks of the backward pass
-SHAPES = [(1, 1), (3, 7), (5, 16), (4, 31), (9, 264), (6, 777), (2, 1032), (3, 2051), (50, 40)]
+SHAPES = [(1, 1), (3, 7), (5, 16), (4, 31), (9, 264), (6, 777), (2, 1032), (3, 2051), (50, 40), (7, 44)]
 
 
 def random(*shape, dtype=F32, device="cpu"):
@@ -52,7 +52,7 @@ def test_forward_and_gradients(cuda, kind, mix):
 
 
 @pytest.mark.parametrize("kind", ["layer", "rms"])
-@pytest.mark.parametrize("C", [4096, 8208, 16400])
+@pytest.mark.parametrize("C", [4096, 6160, 8208, 16400])
 def test_wide_rows(cuda, kind, C):
     """Two groups of columns to a thread, rows that the backward pass and that neither pass keeps in registers."""
     inputs = [random(6, C, dtype=BF16, device=cuda), random(6, C, device=cuda), random(C, device=cuda), None]

@@ -27,7 +27,7 @@ namespace cuda {
 NormBackwardPlan norm_backward_plan(int64_t M, int64_t C) {
   // One wave of an H100: at 128 registers a thread a multiprocessor holds this many.
   constexpr int64_t kMultiprocessors = 132, kThreadsEach = 512, kMostBlocksEach = 16, kLeastRows = 4;
-  const int groups = C <= 2048 ? 1 : C <= 8192 ? 2 : 0;
+  const int groups = C <= 4096 ? 1 : C <= 8192 ? 2 : 0;
   const int64_t columns = groups ? 256 * groups : 256;  // of one warp
   int64_t threads = (C + columns - 1) / columns * 32;
   if (threads > 512) threads = 512;

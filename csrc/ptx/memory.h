@@ -39,6 +39,14 @@ __device__ __forceinline__ T load_streaming(const void* from) {
   return load<T>(from);
 }
 template <>
+__device__ __forceinline__ Bytes8 load_streaming<Bytes8>(const void* from) {
+  Bytes8 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
+               : "=r"(v.word[0]), "=r"(v.word[1])
+               : "l"(__cvta_generic_to_global(from)));
+  return v;
+}
+template <>
 __device__ __forceinline__ Bytes16 load_streaming<Bytes16>(const void* from) {
   Bytes16 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"

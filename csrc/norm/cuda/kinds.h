@@ -1,0 +1,60 @@
+// What norm kernels are compiled for: rows of the operands (x, normed and their gradients), of the stream (residual,
+// summed and theirs), and weights.
+//
+// Code for one dtype without tails is a quarter as long as that for all (forward, three groups a lane: 1,112 and 4,640
+// instructions, which the instruction caches do not hold). Measured, H200, 2026-11-28, bf16 beside a float32 stream, ms:
+// forward 65536 x 768 0.225 with code for all, 0.172 with its own, 0.155 with a thread's quads apart besides; with
+// backward 0.518, 0.451, 0.361.
+#pragma once
+#include <initializer_list>
+
+#include "core/cuda_elements.h"
+
+namespace llmfast::cuda {
+namespace {
+
+struct AnyKinds {
+  using Operand = AnyRows;
+  using Stream = AnyRows;
+  using Weights = AnyRows;
+  static constexpr bool kApart = false;
+};
+template <DType kOperand, DType kStream>
+struct TypedKinds {
+  using Operand = TypedRows<kOperand>;
+  using Stream = TypedRows<kStream>;
+  using Weights = AlignedRows;
+  static constexpr bool kApart = kStream == DType::f32;  // Columns in core/cuda_elements.h
+};
+
+using RowSets = std::initializer_list<const RowSet*>;
+template <class R>
+bool all_hold(RowSets sets) {
+  for (const RowSet* rows : sets)
+    if (!R::hold(*rows)) return false;
+  return true;
+}
+
+// body(kinds) of the first kinds that hold.
+template <class Body>
+void visit_kinds(RowSets operands, RowSets streams, RowSets weights, const Body& body) {
+  bool found = false;
+  const auto attempt = [&](auto kinds) {
+    using K = decltype(kinds);
+    if (found || !all_hold<typename K::Operand>(operands) || !all_hold<typename K::Stream>(streams) ||
+        !all_hold<typename K::Weights>(weights))
+      return;
+    found = true;
+    body(kinds);
+  };
+  constexpr DType kF32 = DType::f32, kBf16 = DType::bf16, kF16 = DType::f16;
+  attempt(TypedKinds<kBf16, kBf16>{});
+  attempt(TypedKinds<kBf16, kF32>{});
+  attempt(TypedKinds<kF16, kF16>{});
+  attempt(TypedKinds<kF16, kF32>{});
+  attempt(TypedKinds<kF32, kF32>{});
+  attempt(AnyKinds{});
+}
+
+}  // namespace
+}  // namespace llmfast::cuda
