@@ -67,12 +67,14 @@ class AdamW(torch.optim.Optimizer):
                 raise ValueError(f"params: got shape {tuple(p.shape)} with strides {p.stride()}, expected dense memory")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, grad_scale: float = 1.0) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, grad_scale: float | torch.Tensor = 1.0) -> Any:
         """Updates every parameter that has a gradient, which counts as ``grad * grad_scale``.
 
         Args:
             closure: re-evaluates the model and returns the loss, which is then this method's result.
-            grad_scale: for clipping (see `clip_grad_norm`), accumulation or a scaled loss, without a pass of its own.
+            grad_scale: for clipping (see `clip_grad_norm`), accumulation or a scaled loss, without a pass of its own. A
+                tensor of one element on a GPU is not waited for; parameters there are left as they are, and their
+                state, where it is not finite.
 
         Raises:
             ValueError: a gradient is sparse. TypeError: a gradient's dtype is neither float32 nor its parameter's.
@@ -97,7 +99,7 @@ class AdamW(torch.optim.Optimizer):
         hyper = [(float(g["lr"]), *g["betas"], g["eps"], g["weight_decay"]) for g in self.param_groups]
         for device, of_device in rows.items():
             columns = [list(column) for column in zip(*of_device)]
-            (_step_on_cpu if device.type == "cpu" else _step_on_gpu)(*columns, hyper, float(grad_scale))
+            (_step_on_cpu if device.type == "cpu" else _step_on_gpu)(*columns, hyper, grad_scale)
             torch.autograd.graph.increment_version(columns[0])
         return loss
 
@@ -170,7 +172,7 @@ def clip_grad_norm(
     *,
     grad_scale: float = 1.0,
     error_if_nonfinite: bool = False,
-) -> tuple[float, float]:
+) -> tuple[float, float] | tuple[torch.Tensor, torch.Tensor]:
     """The L2 norm of all gradients together, and the factor that brings it down to `max_norm`.
 
     Nothing is written: hand the factor to ``AdamW.step(grad_scale=...)``, which multiplies while it reads. The norm is
@@ -185,8 +187,9 @@ def clip_grad_norm(
         error_if_nonfinite: raise if the norm is infinite or NaN.
 
     Returns:
-        ``(norm, scale)``, floats, with ``scale = grad_scale * min(1, max_norm / (norm + 1e-6))`` as
-        `torch.nn.utils.clip_grad_norm_` has it: 0 for an infinite norm, NaN for NaN.
+        ``(norm, scale)`` with ``scale = grad_scale * min(1, max_norm / (norm + 1e-6))`` as
+        `torch.nn.utils.clip_grad_norm_` has it: 0 for an infinite norm, NaN for NaN. Floats; where all gradients are on
+        one GPU, float32 tensors there without dimensions, so that nobody waits for it.
 
     Raises:
         ValueError: `max_norm` is negative or a gradient is sparse. RuntimeError: see `error_if_nonfinite`.
@@ -210,13 +213,22 @@ def clip_grad_norm(
         else:
             backend.count_fallback("grad_norm", f"no kernel for {grad.dtype} on {grad.device.type}")
             squares += torch.linalg.vector_norm(grad, dtype=torch.float64).item() ** 2
-    for device, of_device in native.items():
-        squares += (_squares_on_cpu if device.type == "cpu" else _squares_on_gpu)(of_device)
-    norm = abs(grad_scale) * math.sqrt(squares)
+    on_gpu = [of_device for device, of_device in native.items() if _runs_on_gpu(device)]
+    if len(on_gpu) == len(native) == 1 and squares == 0.0:
+        norm, scale = _clip_on_gpu(on_gpu[0], grad_scale, max_norm)
+    else:
+        squares += sum(_squares_on_cpu(of_device) for device, of_device in native.items() if not _runs_on_gpu(device))
+        squares += sum(_clip_on_gpu(of_device, 1.0, math.inf)[0].item() ** 2 for of_device in on_gpu)
+        norm = abs(grad_scale) * math.sqrt(squares)
+        ratio = max_norm / (norm + 1e-6)
+        scale = grad_scale * (1.0 if ratio >= 1 or math.isinf(max_norm) else ratio)
     if error_if_nonfinite and not math.isfinite(norm):
-        raise RuntimeError(f"parameters: the norm of the gradients is {norm}")
-    ratio = max_norm / (norm + 1e-6)
-    return norm, grad_scale * (1.0 if ratio >= 1 or math.isinf(max_norm) else ratio)
+        raise RuntimeError(f"parameters: the norm of the gradients is {float(norm)}")
+    return norm, scale
+
+
+def _runs_on_gpu(device: torch.device) -> bool:
+    return device.type != "cpu"
 
 
 def _module_for(t: torch.Tensor) -> ModuleType | None:
@@ -228,20 +240,24 @@ def _module_for(t: torch.Tensor) -> ModuleType | None:
     return None if backend.why_not_native(t.device) else backend.native_cuda()
 
 
-def _step_on_cpu(params, grads, exp_avgs, exp_avg_sqs, masters, steps, group_of, hyper, grad_scale: float) -> None:
-    backend.native().adamw_step(params, grads, exp_avgs, exp_avg_sqs, masters, steps, group_of, hyper, grad_scale)
+def _step_on_cpu(params, grads, exp_avgs, exp_avg_sqs, masters, steps, group_of, hyper, grad_scale) -> None:
+    scale = float(grad_scale)
+    backend.native().adamw_step(params, grads, exp_avgs, exp_avg_sqs, masters, steps, group_of, hyper, scale)
 
 
-def _step_on_gpu(params, grads, exp_avgs, exp_avg_sqs, masters, steps, group_of, hyper, grad_scale: float) -> None:
+def _step_on_gpu(params, grads, exp_avgs, exp_avg_sqs, masters, steps, group_of, hyper, grad_scale) -> None:
     if params[0].is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "AdamW.step: cannot be captured in a CUDA graph, whose replays would repeat one step's numbers"
         )
     torch._foreach_add_(steps, 1)
     numbers = [step.item() for step in steps]  # on the CPU, like every step
+    scale, on_device = grad_scale, None
+    if isinstance(grad_scale, torch.Tensor):
+        scale, on_device = 1.0, grad_scale.detach().reshape(()).to(params[0].device, torch.float32)
     stream = backend.stream_of(params[0])
     backend.native_cuda().adamw_step(
-        params, grads, exp_avgs, exp_avg_sqs, masters, numbers, group_of, hyper, grad_scale, stream
+        params, grads, exp_avgs, exp_avg_sqs, masters, numbers, group_of, hyper, scale, on_device, stream
     )
 
 
@@ -249,12 +265,11 @@ def _squares_on_cpu(grads: list[torch.Tensor]) -> float:
     return backend.native().grad_norm(grads) ** 2
 
 
-def _squares_on_gpu(grads: list[torch.Tensor]) -> float:
-    """Waits for the device: the one number of a step that the host needs."""
+def _clip_on_gpu(grads: list[torch.Tensor], grad_scale: float, max_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
     native = backend.native_cuda()
-    sums = grads[0].new_empty(native.norm_pieces(grads), dtype=torch.float32)
-    native.squared_norms(grads, sums, backend.stream_of(sums))
-    return sums.double().sum().item()
+    numbers = grads[0].new_empty(2 + native.norm_pieces(grads), dtype=torch.float32)
+    native.clip_norm(grads, grad_scale, max_norm, numbers, backend.stream_of(numbers))
+    return numbers[0], numbers[1]
 
 
 def _state_dtype(p: torch.Tensor) -> torch.dtype:

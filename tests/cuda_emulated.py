@@ -74,7 +74,7 @@ def use_device(which: str, arch: str, monkeypatch) -> str:
     for name in ("fused_block", "fused_stack"):  # the CPU's
         monkeypatch.setattr(gpt, name, lambda *_: None)
     monkeypatch.setattr(optim, "_step_on_cpu", optim._step_on_gpu)
-    monkeypatch.setattr(optim, "_squares_on_cpu", optim._squares_on_gpu)
+    monkeypatch.setattr(optim, "_runs_on_gpu", lambda device: True)
     return "cpu"
 
 

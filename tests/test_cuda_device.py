@@ -169,10 +169,26 @@ def test_optimizer_steps_as_torch_does():
             a.grad = torch.randn_like(a)
             b.grad = a.grad.clone()
         norm, _ = llmfast.clip_grad_norm(ours, 1e9)
-        assert norm == pytest.approx(torch.nn.utils.clip_grad_norm_(theirs, 1e9).item(), rel=1e-5)
+        assert float(norm) == pytest.approx(torch.nn.utils.clip_grad_norm_(theirs, 1e9).item(), rel=1e-5)
         for optimizer in pair:
             optimizer.step()
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_clipping_and_stepping_wait_for_nothing():
+    parameters = [torch.randn(n, device="cuda").requires_grad_() for n in (3, 70_000)]
+    for p in parameters:
+        p.grad = torch.randn_like(p)
+    optimizer = llmfast.AdamW(parameters)
+    optimizer.step()  # makes the state
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        norm, scale = llmfast.clip_grad_norm(parameters, 1.0)
+        optimizer.step(grad_scale=scale)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    exact = torch.cat([p.grad for p in parameters]).double().norm().item()
+    assert float(norm) == pytest.approx(exact, rel=1e-5) and float(scale) == pytest.approx(1 / exact, rel=1e-5)
 
 
 def test_second_device():

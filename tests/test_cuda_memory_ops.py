@@ -144,8 +144,33 @@ def test_gradient_norm(cuda):
         exact = math.sqrt(sum(g.double().square().sum().item() for g in grads))
         norm, scale = llmfast.clip_grad_norm(grads, 1.0)
         assert math.isclose(norm, exact, rel_tol=1e-6) and math.isclose(scale, 1 / (exact + 1e-6), rel_tol=1e-6)
+        norm, scale = llmfast.clip_grad_norm(grads, exact, grad_scale=-0.5)
+        assert math.isclose(norm, exact / 2, rel_tol=1e-6) and scale == -0.5
     norm, scale = llmfast.clip_grad_norm([torch.full((3,), math.inf, device=cuda)], 1.0)
     assert norm == math.inf and scale == 0
+    assert llmfast.clip_grad_norm([torch.full((3,), math.inf, device=cuda)], math.inf)[1] == 1
+    assert llmfast.clip_grad_norm([torch.full((3,), math.nan, device=cuda)], 1.0)[1].isnan()
+    with pytest.raises(RuntimeError, match="norm of the gradients is inf"):
+        llmfast.clip_grad_norm([torch.full((3,), math.inf, device=cuda)], 1.0, error_if_nonfinite=True)
+
+
+def test_a_step_takes_its_scale_from_the_device(cuda):
+    """As `clip_grad_norm` returns it; and with one that is not finite all stays as it was."""
+    start, grad = torch.randn(300).to(cuda), torch.randn(300).to(cuda)
+    results = []
+    for as_number in (False, True):
+        p = start.clone().requires_grad_()
+        p.grad = grad.clone()
+        optimizer = llmfast.AdamW([p], **OPTIONS)
+        norm, scale = llmfast.clip_grad_norm([p], 0.25)
+        assert isinstance(scale, torch.Tensor) and scale.dim() == 0 and scale.device.type == start.device.type
+        optimizer.step(grad_scale=scale.item() if as_number else scale)
+        results.append([p.detach().clone(), *(optimizer.state[p][name].clone() for name in ("exp_avg", "exp_avg_sq"))])
+        for bad in (math.nan, math.inf, -math.inf):
+            optimizer.step(grad_scale=torch.tensor(bad, device=cuda))
+        now = [p, optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"]]
+        assert all(torch.equal(a, b) for a, b in zip(now, results[-1]))
+    assert all(torch.equal(a, b) for a, b in zip(*results)) and not torch.equal(results[0][0], start)
 
 
 def test_each_element_is_read_and_written_once(cuda):

@@ -46,7 +46,7 @@ def trained(model: GPT, ids: torch.Tensor, steps: int, dtype: torch.dtype) -> tu
         norm, scale = llmfast.clip_grad_norm(model.parameters(), 1.0)
         optimizer.step(grad_scale=scale)
         optimizer.zero_grad(set_to_none=True)
-        losses += [loss.item(), norm]
+        losses += [loss.item(), float(norm)]
     return losses, model
 
 

@@ -19,7 +19,8 @@ Stream stream_on(const TensorView& tensor, uint64_t handle) {
 
 void step(const Views& params, const Views& grads, const Views& exp_avgs, const Views& exp_avg_sqs,
           const Views& masters, const std::vector<double>& steps, const std::vector<int64_t>& group_of,
-          const std::vector<std::array<double, 5>>& groups, float grad_scale, uint64_t stream) {
+          const std::vector<std::array<double, 5>>& groups, float grad_scale, const TensorView& scale_on_device,
+          uint64_t stream) {
   const size_t count = params.size();
   for (size_t size : {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), masters.size(), steps.size(), group_of.size()})
     require(size == count, "adamw_step: lists of different lengths");
@@ -30,7 +31,7 @@ void step(const Views& params, const Views& grads, const Views& exp_avgs, const 
   if (count == 0) return;
   adamw_step({static_cast<int64_t>(count), params.data(), grads.data(), exp_avgs.data(), exp_avg_sqs.data(),
               masters.data(), nullptr, group_of.data(), hyper.data(), grad_scale},
-             steps.data(), stream_on(params[0], stream));
+             steps.data(), scale_on_device, stream_on(params[0], stream));
 }
 
 }  // namespace
@@ -41,9 +42,10 @@ void bind_optim(py::module_& m) {
   m.def("norm_pieces",
         [](const Views& grads) { return norm_pieces(grads.data(), static_cast<int64_t>(grads.size())); });
   m.def(
-      "squared_norms",
-      [](const Views& grads, const TensorView& sums, uint64_t stream) {
-        squared_norms(grads.data(), static_cast<int64_t>(grads.size()), sums, stream_on(sums, stream));
+      "clip_norm",
+      [](const Views& grads, double grad_scale, double max_norm, const TensorView& numbers, uint64_t stream) {
+        clip_norm(grads.data(), static_cast<int64_t>(grads.size()), grad_scale, max_norm, numbers,
+                  stream_on(numbers, stream));
       },
       WithoutGil());
 }

@@ -1,6 +1,7 @@
 // embedding, forward and backward; see embedding.h for the formulas and embedding_cuda.h for ids out of range.
 //
-// Forward: a warp owns a row of the result, eight columns to a lane at a time.
+// Forward: a warp owns a row of the result, eight columns to a lane at a time, in two quads where rows of float32 take
+// part (Columns in core/cuda_elements.h).
 // Backward: a warp owns 256 columns of a row v of the table. It finds v's run in the sorted ids by bisection and adds
 // the gradients in the order of n, four loads in flight. Every element of grad_weight is written once, zero for absent
 // ids: no atomics, and the result depends on the ids alone. A run is as serial as it is long: 4096 equal ids take about
@@ -47,6 +48,7 @@ struct ForwardOperands {
   RowSet weight, position_weight, out;
   uint32_t M;
   int64_t V, P;
+  bool apart;
 };
 
 __global__ void __launch_bounds__(kWarpsPerBlock * kWarpSize)
@@ -59,13 +61,14 @@ __global__ void __launch_bounds__(kWarpsPerBlock * kWarpSize)
   const RowPointer row = o.weight.row(valid ? static_cast<uint32_t>(id) : 0);
   const RowPointer position_row = o.position_weight.row(valid ? static_cast<uint32_t>(position) : 0);
   const RowPointer out = o.out.row(n);
-  for (int index = lane() * kEight; index < out.C; index += kStrip) {
+  for (int strip = 0; strip * kStrip < out.C; ++strip) {
+    const Columns columns(strip, kWarpSize, lane(), o.apart);
     float value[kEight], addend[kEight];
-    load_floats(row, index, 0.0f, value);
-    load_floats(position_row, index, 0.0f, addend);
+    load_floats(row, columns, 0.0f, value);
+    load_floats(position_row, columns, 0.0f, addend);
 #pragma unroll
     for (int j = 0; j < kEight; ++j) value[j] = valid ? value[j] + addend[j] : __uint_as_float(0x7fffffffu);
-    store_floats(out, index, value);
+    store_floats(out, columns, value);
   }
 }
 
@@ -76,6 +79,7 @@ struct BackwardOperands {
   bool wide;
   uint32_t M, T;
   uint32_t V;
+  bool apart;
 };
 
 // How many of the sorted ids are below v.
@@ -101,7 +105,7 @@ __device__ __forceinline__ uint32_t first_of(const BackwardOperands& o, int64_t 
 __global__ void __launch_bounds__(kWarpsPerBlock * kWarpSize)
     embedding_backward_kernel(const __grid_constant__ BackwardOperands o) {
   const uint32_t v = blockIdx.x * kWarpsPerBlock + warp();
-  const int index = static_cast<int>(blockIdx.y) * kStrip + lane() * kEight;
+  const Columns columns(static_cast<int>(blockIdx.y), kWarpSize, lane(), o.apart);
   if (v >= o.V) return;
   const bool sorted = o.sorted_ids != nullptr;
   const uint32_t begin = sorted ? first_of(o, v) : 0;
@@ -114,7 +118,7 @@ __global__ void __launch_bounds__(kWarpsPerBlock * kWarpSize)
       raw[u] = {};
       if (i + u >= end) continue;
       const uint32_t n = sorted ? static_cast<uint32_t>(o.order[i + u]) : (i + u) * o.T + v;
-      raw[u] = load_eight<true>(o.grad.row(n), index);
+      raw[u] = load_eight<true>(o.grad.row(n), columns);
     }
 #pragma unroll
     for (uint32_t u = 0; u < kInFlight; ++u) {
@@ -124,7 +128,7 @@ __global__ void __launch_bounds__(kWarpsPerBlock * kWarpSize)
       for (int j = 0; j < kEight; ++j) sum[j] += addend[j];
     }
   }
-  store_floats(o.grad_weight.row(v), index, sum);
+  store_floats(o.grad_weight.row(v), columns, sum);
 }
 
 }  // namespace
@@ -138,7 +142,8 @@ void embedding_forward_sm80(const EmbeddingParams& p, const Stream& stream) {
                           out,
                           static_cast<uint32_t>(out.rows.count),
                           p.weight.shape[0],
-                          p.position_weight.shape[0]};
+                          p.position_weight.shape[0],
+                          any_float32({&p.weight, &p.position_weight, &p.out})};
   const Grid grid{(o.M + kWarpsPerBlock - 1) / kWarpsPerBlock};
   launch(stream, grid, kWarpsPerBlock * kWarpSize, 0, embedding_forward_kernel, o);
 }
@@ -152,7 +157,8 @@ void embedding_backward_sm80(const EmbeddingBackwardParams& p, const Stream& str
                            p.sorted_ids.dtype == DType::i64,
                            static_cast<uint32_t>(grad.rows.count),
                            p.ids.defined ? 1 : static_cast<uint32_t>(p.grad.shape[p.grad.ndim - 2]),
-                           static_cast<uint32_t>(p.grad_weight.shape[0])};
+                           static_cast<uint32_t>(p.grad_weight.shape[0]),
+                           any_float32({&p.grad, &p.grad_weight})};
   const Grid grid{(o.V + kWarpsPerBlock - 1) / kWarpsPerBlock,
                   static_cast<unsigned>((grad_weight.C + kStrip - 1) / kStrip)};
   launch(stream, grid, kWarpsPerBlock * kWarpSize, 0, embedding_backward_kernel, o);

@@ -8,19 +8,25 @@
 namespace llmfast {
 namespace {
 
-const CudaTable<AdamWParams> kStep("adamw", {{Arch::sm80, kAllFloat, nullptr, cuda::adamw_step_sm80}});
-const CudaTable<SquaresParams> kSquares("grad_norm", {{Arch::sm80, kAllFloat, nullptr, cuda::squared_norms_sm80}});
+const CudaTable<CudaAdamWParams> kStep("adamw", {{Arch::sm80, kAllFloat, nullptr, cuda::adamw_step_sm80}});
+const CudaTable<ClipParams> kClip("grad_norm", {{Arch::sm80, kAllFloat, nullptr, cuda::clip_norm_sm80}});
 
 }  // namespace
 
-void adamw_step(const AdamWInputs& in, const double* step, const Stream& stream) {
+void adamw_step(const AdamWInputs& in, const double* step, const TensorView& grad_scale, const Stream& stream) {
+  if (grad_scale.defined) {
+    require_shape(grad_scale, "grad_scale", {});
+    require_dtype(grad_scale, "grad_scale", DType::f32);
+    require(grad_scale.device == stream.device, "grad_scale: expected a tensor of the parameters' device");
+  }
   std::vector<AdamWTensor> tensors(in.count);
   for (int64_t i = 0; i < in.count; ++i) {
     tensors[i] = checked_adamw(in, i);
     require(in.params[i].device == stream.device, "params: expected tensors of one device");
     set_scalars(&tensors[i], in.groups[in.group_of[i]], step[i]);
   }
-  if (in.count > 0) kStep(DType::f32, {tensors.data(), in.count, in.grad_scale}, stream);
+  if (in.count > 0)
+    kStep(DType::f32, {{tensors.data(), in.count, in.grad_scale}, grad_scale.as<const float>()}, stream);
 }
 
 int64_t norm_pieces(const TensorView* grads, int64_t count) {
@@ -29,15 +35,17 @@ int64_t norm_pieces(const TensorView* grads, int64_t count) {
   return pieces;
 }
 
-void squared_norms(const TensorView* grads, int64_t count, const TensorView& sums, const Stream& stream) {
+void clip_norm(const TensorView* grads, int64_t count, double grad_scale, double max_norm, const TensorView& numbers,
+               const Stream& stream) {
   for (int64_t i = 0; i < count; ++i) {
     check_gradient(grads[i], i);
     require(grads[i].device == stream.device, "grads: expected tensors of one device");
   }
-  require_shape(sums, "sums", {norm_pieces(grads, count)});
-  require_dtype(sums, "sums", DType::f32);
-  require_contiguous(sums, "sums");
-  if (sums.numel() > 0) kSquares(DType::f32, {grads, count, sums.as<float>()}, stream);
+  const int64_t pieces = norm_pieces(grads, count);
+  require_shape(numbers, "numbers", {2 + pieces});
+  require_dtype(numbers, "numbers", DType::f32);
+  require_contiguous(numbers, "numbers");
+  kClip(DType::f32, {grads, count, pieces, grad_scale, max_norm, numbers.as<float>()}, stream);
 }
 
 }  // namespace llmfast

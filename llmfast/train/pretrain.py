@@ -74,7 +74,7 @@ def pretrain(
     `callback` receives every record that goes into ``metrics.jsonl`` (see `MetricsLog`). `console` shows progress
     (``Console(quiet=True)``: nothing). Ctrl-C and SIGTERM end the run after the step, with a checkpoint; a second one
     ends it at once. On a GPU, or with a fixed number of threads, a run that is interrupted and resumed gives bit for bit
-    what one without interruption does: no kernel adds in an order that varies.
+    what one without interruption does: kernels are asked to add in a fixed order.
 
     Raises:
         FileExistsError: ``config.out`` is not empty and this is no resumption.
@@ -89,7 +89,12 @@ def pretrain(
         1.87
     """
     display = Display(console)
-    with closing(display), open_run(config, display, callback) as run, StopRequest() as stop:
+    with (
+        closing(display),
+        open_run(config, display, callback) as run,
+        StopRequest() as stop,
+        backend.deterministic_sums(),
+    ):
         display.start(run.step, run.config.total_steps)
         _train(run, stop)
         display.close()
@@ -113,11 +118,16 @@ def _train(run: Run, stop: StopRequest) -> None:
         lr = learning_rate(run.step, **schedule)
         for group in groups:
             group["lr"] = lr
-        loss = accumulate_gradients(run.forward, batches, config.grad_accumulation)
+        losses = _accumulate(run.forward, batches, config.grad_accumulation)
         norm, scale = clip_grad_norm(parameters, max_norm)
+        on_device = isinstance(scale, torch.Tensor)
+        if on_device:  # the whole step is under way before anything is waited for; NaN as the scale leaves all as it is
+            run.optimizer.step(grad_scale=scale + sum(0.0 * loss for _, loss in losses))
+        loss, norm = _mean(losses), float(norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise _non_finite(run, loss, norm)
-        run.optimizer.step(grad_scale=scale)
+        if not on_device:
+            run.optimizer.step(grad_scale=scale)
         for p in parameters:
             p.grad = None
         run.step += 1
@@ -159,6 +169,11 @@ def accumulate_gradients(forward: Callable[..., torch.Tensor], batches: Iterator
         >>> loss = accumulate_gradients(model, loader, count=4)
         >>> optimizer.step()
     """
+    return _mean(_accumulate(forward, batches, count))
+
+
+def _accumulate(forward, batches: Iterator[Batch], count: int) -> list[tuple[float, torch.Tensor]]:
+    """Adds gradients; each micro-batch's weight and loss."""
     micro_batches = [next(batches) for _ in range(count)]
     counts = [1] if count == 1 else [_count_targets(batch) for batch in micro_batches]
     losses: list[tuple[float, torch.Tensor]] = []
@@ -168,7 +183,11 @@ def accumulate_gradients(forward: Callable[..., torch.Tensor], batches: Iterator
             loss = _loss(forward, batch)
             loss.backward(None if weight == 1.0 else torch.full_like(loss, weight))
             losses.append((weight, loss.detach()))
-    return sum((weight * loss.item() for weight, loss in losses), 0.0)  # a GPU is waited for once
+    return losses
+
+
+def _mean(losses: list[tuple[float, torch.Tensor]]) -> float:
+    return sum((weight * loss.item() for weight, loss in losses), 0.0)  # waits for a GPU
 
 
 def _loss(forward: Callable[..., torch.Tensor], batch: Batch) -> torch.Tensor:
