@@ -50,6 +50,7 @@ struct AttentionParams {
   HeadTensor lse;                           // float32; an element a token
   MaskTensor mask;                          // dense only
   float* workspace;                         // on GPUs
+  bool any_order;                           // on GPUs: sums of gradients need not be added in a fixed order
 };
 
 struct AttentionBackwardParams : AttentionParams {
@@ -64,6 +65,7 @@ struct AttentionArguments {
   int64_t left = kUnbounded, right = kUnbounded;
   float scale = 1.0f, softcap = 0.0f;
   TensorView workspace = {};  // float32, on GPUs
+  bool any_order = false;     // as in AttentionParams
 };
 
 struct AttentionGradients {

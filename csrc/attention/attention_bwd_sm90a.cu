@@ -1,30 +1,29 @@
 // Masked attention, backward, on Hopper's warpgroup products (bf16, fp16; head dims up to 128); see attention.h for the
 // formula.
 //
-// After a small kernel that computes each row's lse and delta it goes one of two ways, both bitwise deterministic:
+// After a small kernel that computes each row's lse and delta it goes one of two ways:
 // - as on sm_80 two kernels: the keys' sums grad_k and grad_v (cuda/hopper_backward_keys.h), the queries' grad_q
 //   (cuda/hopper_backward_queries.h). Each sum belongs to one warpgroup and runs in the order of the tiles: nothing is
 //   shared, at the price of seven products instead of five;
-// - where many queries see a key (cuda/one_pass.h: one_pass_from), without softcap, mask tensor and packed sequences,
-//   those five in one kernel (cuda/hopper_backward_joint.h), which adds grad_q up in memory in a fixed order, and a
-//   kernel that rounds it.
+// - where many queries see a key (cuda/one_pass.h: backward_way), without softcap, mask tensor and packed sequences,
+//   those five in one kernel (cuda/hopper_backward_joint.h), which adds grad_q up in memory, and a kernel that rounds it.
+// The same bits every time come from the former, and from the latter where blocks take turns to add; with any_order they
+// need not.
 // A mask tensor of any strides, boolean or floating, goes with the two kernels (not beside a softcap): another small
 // kernel finds the tiles that it hides, which are left out, and those that it does not touch, which cost nothing more
 // (cuda/mask_classes.h). The others read it element by element, before their products: a bit for what is hidden, and
 // what is added is where the products start.
 //
 // Within a warpgroup the exponentials run under grad_out's products, and what makes weights gradients under grad_v's
-// product, or for grad_q its second half under the first half's product (Overlap in cuda/hopper_backward.h). Registers
-// of consumers: 229 of 232 at most. Bytes spilled, stores and loads (nvcc 13.0.88), kD 64 and 128: keys 200, a dozen
-// words a step of 128 queries, and 136, none in the loop; queries 0 and 168, of which one word a step, more on the
-// diagonal; one pass 168 and 96. With softcap: keys 68 and 204, queries 0 and 148. With a boolean mask: keys 396 and
-// 520, queries 156 and 272; with a floating one 396 and 916, 324 and 176: the producer's, and in tiles that read it. No
+// product, or for grad_q its second half under the first half's product (Overlap in cuda/hopper_backward.h). In the one
+// pass grad_q's product of the step before and grad_k's follow, and the former's sums go on their way under the latter.
+// Registers of consumers: 229 of 232 at most. Bytes spilled, stores and loads (nvcc 13.0.88), kD 64 and 128: keys 200, a
+// dozen words a step of 128 queries, and 136, none in the loop; queries 0 and 168, of which one word a step, more on the
+// diagonal; one pass 168 and 0. With softcap: keys 68 and 204, queries 0 and 148. With a boolean mask: keys 396 and 520,
+// queries 156 and 272; with a floating one 396 and 916, 324 and 176: the producer's, and in tiles that read it. No
 // product is serialised.
 //
-// Measured, 2026-11-26, H100 80GB HBM3, benchmarks/native/hopper_attention_backward time, TFLOP/s of five products,
-// causal, 16 heads, D 128, before blocks took one tile after another, and before Overlap: two kernels 370, 431, 431,
-// 460 at 2k, 4k, 8k, 16k; one pass in any order, with zeroing and rounding, 422 and 536 at 4k and 16k. With a mask
-// tensor: not measured yet.
+// Measured: cuda/one_pass.h, for the ways that there are; benchmarks/LOG.md.
 #include "attention/attention_cuda.h"
 #include "attention/cuda/hopper_backward_joint.h"
 #include "attention/cuda/hopper_backward_keys.h"
@@ -34,8 +33,6 @@ namespace llmfast::cuda {
 namespace {
 
 constexpr int64_t kMostBlocks = int64_t{1} << 30;
-// Of the heads that take turns beside each other: more make waits rarer, and share the L2 cache among more.
-constexpr int kSectionBlocks = 264;
 
 struct Maps {
   TensorMap k, v, q, grad_out;
@@ -76,11 +73,11 @@ void launch_queries(const AttentionBackwardParams& p, const Stream& stream) {
 }
 
 // The statistics' kernel before it zeroes the sums, unless kOrdered, and the turns.
-template <class T, class Layout, bool kCapped, int kBlocks = kSectionBlocks>
+template <class T, class Layout, bool kCapped>
 void launch_jointly(const AttentionBackwardParams& p, const Stream& stream) {
   const Maps maps(p, kOwnRows, Layout::kQueries);
   const Grid grid = grid_of(p, p.Tk, p.Hkv);
-  const int64_t heads = int64_t{grid.y} * grid.z, wanted = Layout::kOrdered ? kBlocks / grid.x : 1;
+  const int64_t heads = int64_t{grid.y} * grid.z, wanted = Layout::kOrdered ? section_blocks(p) / grid.x : 1;
   const int section = static_cast<int>(wanted < 1 ? 1 : wanted < heads ? wanted : heads);
   launch(stream, {static_cast<unsigned>(grid.x * heads)}, kHopperThreads, size_t{Layout::kBytes},
          attention_grad_joint_kernel<T, Layout, kCapped>, p, maps.k, maps.v, maps.q, maps.grad_out,
@@ -109,17 +106,19 @@ void launch_kernels(const AttentionBackwardParams& p, const Stream& stream) {
   launch_queries<T, Queries, kScoring>(p, stream);
 }
 
-template <class T, int kD>
+template <class T, int kD, bool kOrdered>
 void launch_one_pass(const AttentionBackwardParams& p, const Stream& stream) {
   float* const sums = p.workspace + attention_backward_workspace(p.B, p.Hq, p.Tq, p.first_q);
-  launch_query_statistics<T, kD / 8>(p, stream, sums, false);
-  launch_jointly<T, JointLayout<kD, 8192 / kD, 2, true>, false>(p, stream);
+  launch_query_statistics<T, kD / 8>(p, stream, sums, !kOrdered);
+  launch_jointly<T, JointLayout<kD, 8192 / kD, 2, kOrdered>, false>(p, stream);
   launch_rounding<T, kD>(p, stream);
 }
 
 template <class T, int kD>
 void launch_backward(const AttentionBackwardParams& p, const Stream& stream) {
-  if (in_one_pass(p)) launch_one_pass<T, kD>(p, stream);
+  const BackwardWay way = backward_way(p);
+  if (way == BackwardWay::in_turns) launch_one_pass<T, kD, true>(p, stream);
+  else if (way == BackwardWay::any_order) launch_one_pass<T, kD, false>(p, stream);
   else if (p.mask.data && p.mask.dtype == DType::boolean) launch_kernels<T, kD, Scoring::hidden>(p, stream);
   else if (p.mask.data) launch_kernels<T, kD, Scoring::added>(p, stream);
   else if (p.softcap > 0.0f) launch_kernels<T, kD, Scoring::capped>(p, stream);

@@ -36,6 +36,7 @@ AttentionParams checked_attention(const AttentionArguments& a) {
   require_floating(a.q, "q");
   const int head = 1, token = packed ? 0 : 2;
   AttentionParams p = {};
+  p.any_order = a.any_order;
   p.B = packed ? a.cu_seqlens_q.shape[0] - 1 : a.q.shape[0];
   p.Hq = a.q.shape[head];
   p.Hkv = a.k.shape[head];

@@ -64,7 +64,7 @@ void attention_backward(const AttentionArguments& arguments, const AttentionGrad
 int64_t cuda::attention_backward_sums(const AttentionParams& p, int device) {
 #ifdef LLMFAST_SM90A
   const int64_t D = p.D > p.Dv ? p.D : p.Dv, width = D <= 64 ? 64 : 128;
-  if (D > 128 || p.q.dtype == DType::f32 || !(p.mask.data || in_one_pass(p))) return 0;
+  if (D > 128 || p.q.dtype == DType::f32 || !(p.mask.data || backward_way(p) != BackwardWay::kernels)) return 0;
   if (arch_cap() < Arch::sm90a || !runs_on(Arch::sm90a, device_info(device))) return 0;
   if (p.mask.data) return MaskClasses(p).floats();
   return p.Hq * tile_count(p.B, p.Tq, false, 128) * (128 * width + 4) + 4;

@@ -48,6 +48,9 @@ AttentionArguments with_wide_offsets(AttentionArguments a, py::object* owner) {
   return a;
 }
 
+// A function of llmfast.backend.
+py::object backend_function(const char* name) { return py::module_::import("llmfast.backend").attr(name); }
+
 int64_t rows_of(const TensorView& t) { return t.shape[t.ndim - 1] ? t.numel() / t.shape[t.ndim - 1] : 0; }
 
 }  // namespace
@@ -61,7 +64,9 @@ void run(const AttentionArguments& a) {
   enqueue<AttentionArguments>(attention_forward, with_wide_offsets(a, &owner), a.q, floats);
 }
 
-void run(const AttentionArguments& a, const AttentionGradients& g) {
+void run(const AttentionArguments& given, const AttentionGradients& g) {
+  AttentionArguments a = given;
+  a.any_order = !backend_function("deterministic")().cast<bool>();
   const AttentionParams p = checked_attention(a);
   const bool packed = a.cu_seqlens_q.defined;
   const int64_t sums = packed ? 0 : cuda::attention_backward_sums(p, a.q.device);

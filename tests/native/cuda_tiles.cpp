@@ -213,18 +213,27 @@ void check_packed(const std::vector<int64_t>& lengths, int rows) {
   for (const int count : covered) CHECK(count == 1);
 }
 
-// Blocks of `block` keys that add to tiles of `queries` queries, taken descending, one after another: the blocks of a
-// tile follow one another without a gap, whoever is waited for has a smaller place, and with any number of blocks at a
-// time all finish. Each kv head serves `group` heads of queries.
-void check_turns(const Band& band, int queries, int block, int heads, int group) {
+// Blocks of `block` keys that add to tiles of `queries` queries, taken descending, with a turn at turn_tiles of them: the
+// blocks of a tile, and of a turn, follow one another without a gap, whoever is waited for has a smaller place, and with
+// any number of blocks at a time all finish. Each kv head serves `group` heads of queries.
+void check_turns(const Band& band, int queries, int block, int heads, int group, int turn_tiles) {
   const int tiles = (band.Tq + queries - 1) / queries, blocks = (band.Tk + block - 1) / block;
   std::vector<Span> of_block(blocks);
   for (int n = 0; n < blocks; ++n)
     of_block[n] = tiles_of_block(band.transposed(), n * block, std::min((n + 1) * block, band.Tk), queries);
+  const int turn_queries = turn_tiles * queries;
   for (int tile = 0; tile < tiles; ++tile) {
     int earlier = 0;
     for (int n = 0; n < blocks; ++n)
       if (of_block[n].has(tile)) CHECK(n - first_block_of_tile(band, tile * queries, queries, block) == earlier++);
+  }
+  for (int turn = 0; turn * turn_tiles < tiles; ++turn) {
+    int earlier = 0;
+    for (int n = 0; n < blocks; ++n) {
+      bool adds = false;
+      for (int tile = turn * turn_tiles; tile < (turn + 1) * turn_tiles; ++tile) adds = adds || of_block[n].has(tile);
+      if (adds) CHECK(n - first_block_of_tile(band, turn * turn_queries, turn_queries, block) == earlier++);
+    }
   }
   for (int query = 0; query < band.Tq; ++query)
     for (int key = 0; key < band.Tk; ++key)
@@ -257,9 +266,11 @@ void check_turns(const Band& band, int queries, int block, int heads, int group)
             progress = true;
             continue;
           }
-          int& turn = turns[(r.place.head * group + r.member) * tiles + r.tile];
-          if (turn != r.place.tile - first_block_of_tile(band, r.tile * queries, queries, block)) continue;
-          ++turn;
+          const int at = r.tile / turn_tiles;
+          int& turn = turns[(r.place.head * group + r.member) * tiles + at];
+          if (turn != r.place.tile - first_block_of_tile(band, at * turn_queries, turn_queries, block)) continue;
+          const bool ends = r.tile == own.begin || (r.tile - 1) / turn_tiles != at;
+          turn += ends;
           progress = true;
           if (--r.tile < own.begin) ++r.member, r.tile = own.end - 1;
         }
@@ -271,26 +282,31 @@ void check_turns(const Band& band, int queries, int block, int heads, int group)
 
 // Long sequences go in one pass, short ones and narrow windows do not.
 void check_way() {
-  AttentionParams p = {};
-  p.B = 2, p.Hq = p.Hkv = 16, p.Tq = p.Tk = 8192, p.D = p.Dv = 128, p.left = kUnbounded, p.right = 0;
-  CHECK(std::abs(mean_queries_of_key(p) - 4096.5) < 1 && in_one_pass(p));
-  AttentionParams other = p;
-  other.Tq = other.Tk = 4096, other.right = kUnbounded;
-  CHECK(std::abs(mean_queries_of_key(other) - 4096) < 1 && !in_one_pass(other));
-  other.Tq = other.Tk = 8192;
-  CHECK(in_one_pass(other));  // full, twice as long
-  other = p, other.Hkv = 4;
-  CHECK(!in_one_pass(other));
-  other = p, other.Tq = other.Tk = 4096;
-  CHECK(std::abs(mean_queries_of_key(other) - 2048.5) < 1 && in_one_pass(other));
-  other.D = other.Dv = 64;
-  CHECK(in_one_pass(other));
-  other.Tq = other.Tk = 16384;
-  CHECK(!in_one_pass(other));
-  other = p, other.Tq = other.Tk = 4000;
-  CHECK(!in_one_pass(other));
-  other = p, other.softcap = 2.0f;
-  CHECK(!in_one_pass(other));
+  constexpr BackwardWay kernels = BackwardWay::kernels, in_turns = BackwardWay::in_turns;
+  constexpr BackwardWay any_order = BackwardWay::any_order;
+  const auto way = [](AttentionParams p, int64_t T, bool free) {
+    p.Tq = p.Tk = T, p.any_order = free;
+    return backward_way(p);
+  };
+  AttentionParams causal = {};
+  causal.B = 8, causal.Hq = causal.Hkv = 16, causal.D = causal.Dv = 128, causal.left = kUnbounded;
+  AttentionParams full = causal, narrow = causal, grouped = causal, window = causal, capped = causal, small = causal;
+  full.right = kUnbounded, narrow.D = narrow.Dv = 64, grouped.Hkv = 4, window.left = 255, capped.softcap = 2.0f;
+  small.B = 1, small.Hq = small.Hkv = 1;
+  causal.Tq = causal.Tk = 8192;
+  CHECK(std::abs(mean_queries_of_key(causal) - 4096.5) < 1);
+  for (const bool free : {false, true}) {
+    const BackwardWay best = free ? any_order : in_turns;
+    CHECK(way(causal, 1000, free) == kernels && way(causal, 2048, free) == (free ? any_order : kernels));
+    CHECK(way(causal, 4096, free) == best && way(causal, 16384, free) == best);
+    CHECK(way(narrow, 1024, free) == kernels && way(narrow, 4096, free) == best && way(narrow, 16384, free) == best);
+    CHECK(way(grouped, 4096, free) == best && way(grouped, 256, free) == kernels);
+    CHECK(way(full, 2048, free) == kernels && way(full, 4096, free) == in_turns && way(full, 8192, free) == in_turns);
+    CHECK(way(window, 8192, free) == kernels && way(capped, 8192, free) == kernels);
+    CHECK(way(small, 8192, free) == kernels && way(small, 16384, free) == best);
+  }
+  causal.first_q = &causal.B;
+  CHECK(way(causal, 8192, true) == kernels);
 }
 
 // What is noted of a tile is found again from its keys and from its queries, whatever dimensions the mask lacks; no two
@@ -383,9 +399,9 @@ int main() {
       for (const int64_t left : distances)
         for (const int64_t right : distances) {
           check_band(Tq, Tk, left, right);
-          check_turns({Tq, Tk, left, right}, 2, 4, 3, 2);
-          check_turns({Tq, Tk, left, right}, 4, 4, 2, 1);
-          check_turns({Tq, Tk, left, right}, 3, 2, 4, 1);
+          check_turns({Tq, Tk, left, right}, 2, 4, 3, 2, 2);
+          check_turns({Tq, Tk, left, right}, 4, 4, 2, 1, 1);
+          check_turns({Tq, Tk, left, right}, 3, 2, 4, 1, 2);
         }
   check_way();
   check_mask_classes();

@@ -5,8 +5,8 @@
 // and each block adds its share to float32 sums in memory, by the copy engine, in L2. The sums' tiles are stored as the
 // fragments lie, [warpgroup][4 columns of fragments][thread][4]; a last kernel scales and rounds them.
 //
-// With kOrdered the blocks of a head take turns at each tile, ascending, so that the sums' bits do not depend on the
-// time; the first stores its share, so that nobody zeroes the sums. Blocks get their place from a counter, so that
+// With kOrdered the blocks of a head take turns at each 128 queries, ascending, so that the sums' bits do not depend on
+// the time; the first stores its share, so that nobody zeroes the sums. Blocks get their place from a counter, so that
 // whoever is waited for has started: it has a smaller place (tests/native/cuda_tiles.cpp checks that), so the block of
 // the smallest place that has not finished never waits. They take tiles of queries descending, so that under a causal
 // mask, too, a head's blocks begin with the same tile, one step after another; and the places of several heads
@@ -115,11 +115,14 @@ __device__ __forceinline__ void inspect_own_keys(Layout shared, int first_row) {
   barrier_sync(1, kConsumers * kWarpgroup);  // products of both warpgroups read all keys
 }
 
-// Adds a warpgroup's shares to the sums in memory.
+// Adds a warpgroup's shares to the sums in memory. Its turn is asked for and passed on once for kTurnQueries: either is a
+// trip to the L2 cache and back, which takes a good part of a step.
 template <class Layout>
 __device__ void add_shares(const AttentionParams& p, const KeysWork& w, Layout shared, int warpgroup) {
   constexpr int kQueries = Layout::kQueries, kTurns = kSlotTurns * kQueries / kSlotRows;  // of a tile
+  constexpr int kTurnTiles = kTurnQueries / kQueries;
   const Band band{w.sequence.Tq, w.sequence.Tk, p.left, p.right};
+  const int tiles = w.end_tile - w.first_tile, block = w.first / kOwnRows;
   int parity = 0;
 #pragma unroll 1
   for (int member = 0; member < w.group; ++member) {
@@ -128,26 +131,28 @@ __device__ void add_shares(const AttentionParams& p, const KeysWork& w, Layout s
     float* const sums = query_sums<Layout::kD>(p, head, w.sequence) + warpgroup * Layout::kShare;
     int* const turns = turns_of<Layout::kD>(p, slot) + warpgroup;
 #pragma unroll 1
-    for (int i = 0; i < w.end_tile - w.first_tile; ++i, parity ^= 1) {
-      const int tile = w.tile(shared, i), first = tile * kQueries;
+    for (int i = 0; i < tiles; ++i, parity ^= 1) {
+      const int tile = w.tile(shared, i), turn = tile / kTurnTiles * kTurnTiles;
       bool stores = false;  // the first to come: nobody has zeroed the sums
-      mbarrier_wait(shared.share_full(warpgroup), parity);
       if (Layout::kOrdered) {
-        const int earlier = w.first / kOwnRows - first_block_of_tile(band, first, kQueries, kOwnRows);
-        wait_for_turn(turns + tile * kTurns, earlier);
-        fence_async_proxy_global();
-        stores = earlier == 0;
+        if (i == 0 || w.tile(shared, i - 1) / kTurnTiles != tile / kTurnTiles) {
+          wait_for_turn(turns + turn * kTurns,
+                        block - first_block_of_tile(band, turn * kQueries, kTurnQueries, kOwnRows));
+          fence_async_proxy_global();
+        }
+        stores = block == first_block_of_tile(band, tile * kQueries, kQueries, kOwnRows);
       }
+      mbarrier_wait(shared.share_full(warpgroup), parity);
       float* const to = sums + int64_t{tile} * (2 * Layout::kShare);
       if (stores) bulk_store_bytes(to, shared.share(warpgroup), Layout::kShareBytes);
       else bulk_add_floats(to, shared.share(warpgroup), Layout::kShareBytes);
       bulk_commit();
       bulk_wait_read<0>();
       mbarrier_arrive(shared.share_empty(warpgroup));
-      if (Layout::kOrdered) {
+      if (Layout::kOrdered && (i + 1 == tiles || w.tile(shared, i + 1) / kTurnTiles != tile / kTurnTiles)) {
         bulk_wait<0>();
         fence_async_proxy_global();
-        add_release(turns + tile * kTurns, 1);
+        add_release(turns + turn * kTurns, 1);
       }
     }
   }
@@ -171,7 +176,34 @@ __device__ __forceinline__ void consume_jointly(const AttentionBackwardParams& p
     mine[half] = key < w.sequence.Tk ? w.band(p).keys_of(key) : Span{0, 0};  // the next sequence's
   }
 
-  float grad_k[kD / 2], grad_v[kD / 2];
+  float grad_k[kD / 2], grad_v[kD / 2], sums[32];
+  // A warpgroup's part of a step's share of grad_q, 64 x 64, over the keys of both: started a step later, when the other
+  // one's gradients have long come.
+  const auto start_query_sums = [&](int step) {
+    constexpr int kQuerySlab = kQueries == 128 ? Layout::Scores::kSlabBytes : 0;
+    constexpr int kColumnSlab = kD == 128 ? Layout::Own::kSlabBytes : 0;
+    const auto gradients = shared.scores(step & 1);
+    mbarrier_wait(shared.scores_full(step & 1), step >> 1 & 1);
+    warpgroup_fence();
+#pragma unroll
+    for (int k = 0; k < kOwnRows / 16; ++k)
+      warpgroup_product<64, T, Major::mn, Major::mn>(sums, advanced(gradients.by_columns(k), warpgroup * kQuerySlab),
+                                                     advanced(shared.keys().by_columns(k), warpgroup * kColumnSlab),
+                                                     k > 0);
+  };
+  const auto hand_on_query_sums = [&](int step) {
+    if (lane() == 0) mbarrier_arrive(shared.scores_empty(step % 2));
+    mbarrier_wait(shared.share_empty(warpgroup), step % 2 ^ 1);
+    const uint32_t share = shared.share(warpgroup) + thread() % kWarpgroup * 16;
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+      store_shared(share + j * (kWarpgroup * 16),
+                   Bytes16{{__float_as_uint(sums[4 * j]), __float_as_uint(sums[4 * j + 1]),
+                            __float_as_uint(sums[4 * j + 2]), __float_as_uint(sums[4 * j + 3])}});
+    fence_async_proxy();
+    __syncwarp();
+    if (lane() == 0) mbarrier_arrive(shared.share_full(warpgroup));
+  };
   RingPlace<Layout::kStages> place;
   int first = first_tile * kQueries, left = tiles;  // query, and tiles of this head
   if (steps > 0) {
@@ -213,36 +245,25 @@ __device__ __forceinline__ void consume_jointly(const AttentionBackwardParams& p
     };
     const bool hides = first < full.begin || first + kQueries > full.end;
     add_step<T, kCapped>(shared, stage, hides, scores, products, factor, scale, visible, hidden, step > 0, grad_k,
-                         grad_v, share_gradients);
-
-    float sums[32];
-    mbarrier_wait(shared.scores_full(buffer), round);
-    warpgroup_fence();
-    const int query_slab = (kQueries == 128 ? warpgroup : 0) * Layout::Scores::kSlabBytes;
-    const int column_slab = (kD == 128 ? warpgroup : 0) * Layout::Own::kSlabBytes;
-#pragma unroll
-    for (int k = 0; k < kOwnRows / 16; ++k)
-      warpgroup_product<64, T, Major::mn, Major::mn>(sums, advanced(tile_of_scores.by_columns(k), query_slab),
-                                                     advanced(shared.keys().by_columns(k), column_slab), k > 0);
-    warpgroup_commit();
+                         grad_v, [&](const uint32_t(&gradients)[kQueries / 16][4]) {
+                           share_gradients(gradients);
+                           // In step 0 of whatever is there, for nobody: with a branch ptxas serialises all products.
+                           start_query_sums(step - 1);
+                           warpgroup_commit();
+                         });
+    warpgroup_wait<1>();  // all but grad_k
+    if (step > 0) hand_on_query_sums(step - 1);
     warpgroup_wait<0>();
-    if (lane() == 0) {
-      mbarrier_arrive(shared.empty(stage));
-      mbarrier_arrive(shared.scores_empty(buffer));
-    }
+    if (lane() == 0) mbarrier_arrive(shared.empty(stage));
     place.advance();
     first += Layout::kDescends ? -kQueries : kQueries;
     if (--left == 0) first = first_tile * kQueries, left = tiles;
-    mbarrier_wait(shared.share_empty(warpgroup), step % 2 ^ 1);
-    const uint32_t share = shared.share(warpgroup) + thread() % kWarpgroup * 16;
-#pragma unroll
-    for (int j = 0; j < 8; ++j)
-      store_shared(share + j * (kWarpgroup * 16),
-                   Bytes16{{__float_as_uint(sums[4 * j]), __float_as_uint(sums[4 * j + 1]),
-                            __float_as_uint(sums[4 * j + 2]), __float_as_uint(sums[4 * j + 3])}});
-    fence_async_proxy();
-    __syncwarp();
-    if (lane() == 0) mbarrier_arrive(shared.share_full(warpgroup));
+  }
+  if (steps > 0) {
+    start_query_sums(steps - 1);
+    warpgroup_commit();
+    warpgroup_wait<0>();
+    hand_on_query_sums(steps - 1);
   }
   if (steps == 0) {
     clear(grad_k);

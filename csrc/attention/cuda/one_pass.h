@@ -1,5 +1,5 @@
-// Which of Hopper's two ways the backward goes: two kernels, or one pass with grad_q summed in memory
-// (hopper_backward_joint.h), and the places and turns of the latter's blocks. Host and device: tests check these
+// Which way Hopper's backward goes: two kernels, or one pass with grad_q summed in memory (hopper_backward_joint.h), in
+// turns or in any order; and the places and turns of the latter's blocks. Host and device: tests check these
 // against brute force.
 #pragma once
 #include <atomic>
@@ -10,13 +10,14 @@ namespace llmfast::cuda {
 
 // ---- which way ------------------------------------------------------------------------------------------------------
 
-// In one pass from so many queries on that see a key, on average, since its sums cost the same however few there are.
-// 0: always, where it can; kUnbounded: never. Each way gives the same bits every time. Measured (16 heads, two kernels
-// against one pass, ms; H200 unless said): causal 4k 1.60 and 1.51 (128 dims), 0.98 and 0.88 (64); causal 8k 2.95 and
-// 2.75; full 4k 2.72 and 2.84; four heads to a kv head, causal 4k, 3.45 and 3.52; H100: 64 dims causal 16k (32 heads)
-// 6.33 and 6.42.
-inline std::atomic<int64_t> one_pass_from{2048};
-constexpr int64_t kLeastOnePassKeys = 8192, kLeastTriangle = 4096;
+// The same bits every time: kernels, in_turns. Faster for long sequences, with sums in an order that varies: any_order.
+enum class BackwardWay { kernels, in_turns, any_order };
+
+// For tests. 0: one pass wherever it can; kUnbounded: never; kByRule: see below.
+constexpr int64_t kByRule = -1;
+inline std::atomic<int64_t> one_pass_from{kByRule};
+constexpr int64_t kLeastTurnKeys = 4096;      // fewer: waiting for turns costs what two products save
+constexpr double kLeastAnyOrderQueries = 1024;  // that see a key: the sums cost the same however few there are
 constexpr int64_t kLeastOnePassBlocks = 128;  // fewer leave multiprocessors idle, which grad_q's own kernel would use
 
 inline double mean_queries_of_key(const AttentionParams& p) {
@@ -30,19 +31,46 @@ inline double mean_queries_of_key(const AttentionParams& p) {
   return keys * static_cast<double>(p.Tq) / static_cast<double>(p.Tk) * static_cast<double>(p.Hq / p.Hkv);
 }
 
-inline bool in_one_pass(const AttentionParams& p) {
-  if (p.first_q || p.mask.data || p.softcap > 0.0f || p.Tq == 0 || p.Tk == 0) return false;
-  const int64_t from = one_pass_from.load(std::memory_order_relaxed);
-  if (from == 0) return true;
-  if (p.Hq != p.Hkv || p.B * p.Hkv * ((p.Tk + 127) / 128) < kLeastOnePassBlocks) return false;
-  const double mean = mean_queries_of_key(p), all = static_cast<double>(p.Tq);
-  const bool triangle = mean > 0.45 * all && mean < 0.6 * all;  // nearly causal
-  const bool narrow = p.D <= 64 && p.Dv <= 64;
-  if (triangle) return p.Tk >= kLeastTriangle && !(narrow && p.Tk > kLeastOnePassKeys) && mean >= static_cast<double>(from);
-  return !narrow && p.Tk >= kLeastOnePassKeys && mean >= static_cast<double>(2 * from);
+// Nearly causal, nearly without a mask, or neither.
+enum class Shape { triangle, full, band };
+inline Shape shape_of(const AttentionParams& p, double queries_of_key) {
+  const double all = static_cast<double>(p.Tq) * static_cast<double>(p.Hq / p.Hkv), part = queries_of_key / all;
+  return part > 0.9 ? Shape::full : part > 0.45 && part < 0.6 ? Shape::triangle : Shape::band;
 }
 
-// ---- turns: blocks of keys that add to the same tile of queries, one after another, ascending -----------------------
+// Measured, H200, 2026-11-28, 16 heads, B x T = 16384, ms: two kernels, in turns (causal in sections of 528 blocks, else
+// of 264), any order.   causal, 128 dims: 2k 0.925, 0.925, 0.831; 4k 1.606, 1.466, 1.401; 8k 2.96, 2.65, 2.49; 16k 5.92,
+// 5.19, 5.01; four heads to a kv head 4k 3.30, 2.92, 2.82   full, 128 dims: 4k 2.71, 2.40, 2.64; 8k 5.63, 4.76, 5.05
+// causal, 64 dims: 1k 0.354, 0.404, 0.349; 4k 0.954, 0.882, 0.810; 16k 3.25, 3.15, 2.54. Not measured: full masks of 64
+// dims, windows of thousands of keys.
+inline BackwardWay backward_way(const AttentionParams& p) {
+  if (p.first_q || p.mask.data || p.softcap > 0.0f || p.Tq == 0 || p.Tk == 0) return BackwardWay::kernels;
+  const int64_t from = one_pass_from.load(std::memory_order_relaxed);
+  if (from != kByRule)
+    return from != 0 ? BackwardWay::kernels : p.any_order ? BackwardWay::any_order : BackwardWay::in_turns;
+  if (p.B * p.Hkv * ((p.Tk + 127) / 128) < kLeastOnePassBlocks) return BackwardWay::kernels;
+  const double mean = mean_queries_of_key(p);
+  const Shape shape = shape_of(p, mean);
+  const bool narrow = p.D <= 64 && p.Dv <= 64, is_long = p.Tk >= kLeastTurnKeys;
+  if (shape == Shape::full && !narrow) return is_long ? BackwardWay::in_turns : BackwardWay::kernels;
+  if (shape == Shape::triangle) {
+    if (p.any_order && mean >= kLeastAnyOrderQueries) return BackwardWay::any_order;
+    return is_long ? BackwardWay::in_turns : BackwardWay::kernels;
+  }
+  if (mean < 4 * kLeastAnyOrderQueries) return BackwardWay::kernels;
+  if (p.any_order) return BackwardWay::any_order;
+  return narrow ? BackwardWay::kernels : BackwardWay::in_turns;
+}
+
+// Of the heads that take turns beside each other: more make waits rarer, where all of a head's blocks begin with the
+// same tile, and share the L2 cache among more.
+inline int section_blocks(const AttentionParams& p) {
+  return shape_of(p, mean_queries_of_key(p)) == Shape::triangle ? 528 : 264;
+}
+
+// ---- turns: blocks of keys that add to the same tiles of queries, one after another, ascending ----------------------
+
+constexpr int kTurnQueries = 128;  // at which a block has one turn: a tile, or neighbours
 
 // Places of blocks: a section of heads after another; in a section the first tiles of all heads, then the second ones.
 struct BlockPlace {
