@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from llmfast import backend, reference
 from llmfast.ops import attention, scaled_dot_product_attention, varlen_attention
+from llmfast.ops.attention import packed_attention
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 INF = math.inf
@@ -339,6 +340,41 @@ def test_no_grad_path_gives_the_same():
     out = attention(q, k, v)
     with torch.no_grad():
         assert torch.equal(out, attention(q, k, v)) and not attention(q, k, v).requires_grad
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_packed_projection(isa, kv_heads):
+    """Output and the one gradient of queries, keys and values that are parts of one tensor are those of its parts."""
+    B, T, H, D = 2, 70, 4, 16
+    whole = torch.randn(B, T, H + 2 * kv_heads, D)
+    grad = torch.randn(B, H, T, D)
+    for options in ({"causal": True}, {"causal": True, "window": 9}, {}):
+        results = []
+        for packed in (True, False):
+            leaf = whole.clone().requires_grad_()
+            if packed:
+                out = packed_attention(leaf, H, **options)
+            else:
+                parts = leaf.split((H, kv_heads, kv_heads), dim=2)
+                out = attention(*(t.transpose(1, 2) for t in parts), **options)
+            out.backward(grad)
+            results.append((out.detach(), leaf.grad))
+        assert all(torch.equal(a, b) for a, b in zip(*results)), options
+        assert results[0][1].is_contiguous()
+    with torch.no_grad():
+        assert torch.equal(packed_attention(whole, H), results[0][0])
+    leaf = whole.clone().requires_grad_()
+    packed_attention(leaf, H).sum().backward()  # a gradient of strides 0
+    twin = whole.clone().requires_grad_()
+    packed_attention(twin, H).backward(torch.ones(B, H, T, D))
+    assert torch.equal(leaf.grad, twin.grad)
+    leaf.grad = None
+    packed_attention(leaf, H).backward(torch.imag(torch.zeros(B, H, T, D, dtype=torch.cfloat).sub(1j).conj()))
+    assert torch.equal(leaf.grad, twin.grad)  # of the ones that a lazily negated tensor stands for
+    weight = grad.clone().requires_grad_()
+    (first,) = torch.autograd.grad(packed_attention(leaf, H), leaf, weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
 
 
 def test_only_some_inputs_need_gradients():

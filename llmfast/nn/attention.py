@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from llmfast import ops
 from llmfast.nn.layers import AddRMSNorm, Linear
+from llmfast.ops.attention import packed_attention
 
 __all__ = ["KVCache", "SelfAttention"]
 
@@ -89,6 +90,9 @@ class SelfAttention(nn.Module):
         B, T, _ = x.shape
         D = self.head_dim
         qkv = self.qkv(x).view(B, T, -1, D)
+        if self.q_norm is None and rotary is None and mask is None and cu_seqlens is None and cache is None:
+            out = packed_attention(qkv, self.heads, causal=True, window=self.window).transpose(1, 2)
+            return self.out(out.reshape(B, T, self.heads * D))
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q)[0], self.k_norm(k)[0]

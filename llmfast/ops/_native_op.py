@@ -91,7 +91,7 @@ class NativeOp:
         self.all.append(self)
 
     def __call__(self, *args):
-        if _is_compiling() or not _plain_eager(args) or _any_lazy(args):
+        if _is_compiling() or not _plain_eager(args) or any_lazy(args):
             if _transforms_active() and not _is_compiling():
                 self._transformed = self._transformed or _functorch_function(self.name, self.op, *self._gradient)
                 return self._transformed.apply(*args)
@@ -193,7 +193,7 @@ def _plain_eager(args: Sequence) -> bool:
     return True
 
 
-def _any_lazy(args: Sequence) -> bool:
+def any_lazy(args: Sequence) -> bool:
     """Whether a tensor's memory is not what it stands for (``z.conj().imag``, a zero tensor of autograd's): torch's
     dispatcher then hands real ones on."""
     return any(isinstance(a, torch.Tensor) and (a.is_neg() or a._is_zerotensor()) for a in args)

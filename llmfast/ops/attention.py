@@ -12,6 +12,7 @@ import torch
 from llmfast import backend, reference
 from llmfast.ops._native_op import (
     NativeOp,
+    any_lazy,
     autocast,
     check_dtype,
     check_floating,
@@ -92,6 +93,30 @@ def attention(
             q, k, v, causal=causal, mask=mask, window=window, scale=scale, softcap=softcap if softcap else None
         )
     return _attention(q, k, v, mask, left, right, scale, softcap)[0]
+
+
+def packed_attention(qkv: torch.Tensor, heads: int, *, causal: bool = False, window: Window = None) -> torch.Tensor:
+    """`attention` of a projection's queries, keys and values, whose gradient comes as one tensor, too: its parts are
+    written where they belong instead of being put together afterwards.
+
+    Args:
+        qkv: ``[B, T, heads + 2 Hkv, D]``: queries, keys, values. causal, window: as in `attention`.
+
+    Returns:
+        ``[B, heads, T, D]``.
+    """
+    if qkv.requires_grad and torch.is_grad_enabled() and (native := whole_calls(qkv)):
+        parts = _parts_of(qkv.detach().requires_grad_(), heads)
+        computed = native.attention(*parts, None, causal, window, None, None, True)
+        if type(computed) is list:
+            return _packed_differentiable(qkv, heads, computed)
+    return attention(*_parts_of(qkv, heads), causal=causal, window=window)
+
+
+def _parts_of(qkv: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    kv_heads = (qkv.shape[2] - heads) // 2
+    q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=2)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 def varlen_attention(
@@ -424,6 +449,30 @@ def _eager_gradient_by_ops(ctx, saved, grad):
     return *attention_backward(grad, *saved, *ctx.options), None, None
 
 
+def _packed_keep(ctx, qkv, heads, computed):
+    out, lse, ctx.options = computed
+    ctx.heads = heads
+    ctx.save_for_backward(qkv, out, lse)
+    return out
+
+
+def _packed_eager_gradient(ctx, saved, grad):
+    qkv, out, lse = saved
+    if any_lazy((grad,)):
+        return None
+    grads = torch.empty_like(qkv)
+    attention_backward_into(
+        *_parts_of(grads, ctx.heads), grad, *_parts_of(qkv, ctx.heads), out, lse, None, *ctx.options
+    )
+    return grads, None, None
+
+
+def _packed_eager_gradient_by_ops(ctx, saved, grad):
+    qkv, out, lse = saved
+    grads = attention_backward(grad, *_parts_of(qkv, ctx.heads), out, lse, None, *ctx.options)
+    return torch.cat([part.transpose(1, 2) for part in grads], dim=2), None, None
+
+
 def _varlen_keep(ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, computed):
     out, lse, ctx.options = computed
     ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k)
@@ -442,6 +491,9 @@ def _varlen_eager_gradient_by_ops(ctx, saved, grad):
 
 
 _differentiable = eager_function("attention", _keep, _eager_gradient, _eager_gradient_by_ops)
+_packed_differentiable = eager_function(
+    "packed_attention", _packed_keep, _packed_eager_gradient, _packed_eager_gradient_by_ops
+)
 _varlen_differentiable = eager_function(
     "varlen_attention", _varlen_keep, _varlen_eager_gradient, _varlen_eager_gradient_by_ops
 )
