@@ -173,8 +173,8 @@ __device__ inline const QueryStatistics* slots_of(const AttentionParams& p, int6
 // The sequence of one of a head's slots, and its first token there.
 __device__ inline TokenTile slot_place(const AttentionParams& p, int64_t slot) {
   if (p.first_q) return token_tile(slot, p.B, p.Tq, p.first_q, kSlotRows);
-  const int64_t slots = (p.Tq + kSlotRows - 1) / kSlotRows;
-  return {slot / slots, static_cast<int>(slot % slots) * kSlotRows};
+  const uint32_t slots = static_cast<uint32_t>((p.Tq + kSlotRows - 1) / kSlotRows), at = static_cast<uint32_t>(slot);
+  return {at / slots, static_cast<int>(at % slots) * kSlotRows};
 }
 
 // Counters that the statistics' kernel sets to 0.
@@ -196,13 +196,16 @@ constexpr int kSlotThreads = 256;
 template <class T, int kLanes>
 __global__ void __launch_bounds__(kSlotThreads) query_statistics_kernel(const AttentionBackwardParams p, float* sums,
                                                                         const bool zeroes) {
-  const int64_t slots = slots_of_head(p.B, p.Tq, p.first_q != nullptr), rows = slots * kSlotRows;
-  const int64_t index = (blockIdx.x * int64_t{kSlotThreads} + thread()) / kLanes;  // whole blocks: rows % 128 == 0
-  const int64_t head = index / rows, slot = index % rows / kSlotRows;
+  // Blocks have a part of one slot each; numbers of blocks and slots fit 32 bits, whose division is no function call.
+  constexpr uint32_t kBlocksOfSlot = kSlotRows * kLanes / kSlotThreads;
+  const uint32_t slots = static_cast<uint32_t>(slots_of_head(p.B, p.Tq, p.first_q != nullptr));
+  const uint32_t all_slots = blockIdx.x / kBlocksOfSlot, head = all_slots / slots, slot = all_slots - head * slots;
+  const int row_of_slot = static_cast<int>((blockIdx.x % kBlocksOfSlot * kSlotThreads + threadIdx.x) / kLanes);
+  const int64_t rows = int64_t{slots} * kSlotRows, index = int64_t{all_slots} * kSlotRows + row_of_slot;
   if (index < kCounters) counters_of(p)[index] = 0;
   const TokenTile place = slot_place(p, slot);
   const Sequence sequence = sequence_of(p, place.sequence);
-  const int token = place.first + static_cast<int>(index % kSlotRows);
+  const int token = place.first + row_of_slot;
   if (sums) {
     int* const turns = reinterpret_cast<int*>(sums + p.Hq * rows * (8 * kLanes));
     if (index % (kSlotRows / kSlotTurns) == 0) turns[index / (kSlotRows / kSlotTurns)] = 0;
