@@ -95,20 +95,21 @@ void time_shape(const char* shape_name, GemmShape s) {
   const auto map = [&](const bf16* data) { return make_tensor_map(mapped_rows(data, s.N, s)); };
   const auto store = OnHopper<StoreEpilogue<bf16>>::make({c, s.N}, s);
   const auto biased = OnHopper<StoreEpilogue<bf16>>::make({c, s.N, bias}, s);
-  constexpr Activation gelu = Activation::gelu_tanh, silu = Activation::silu;
+  using Gelu = OneActivation<GeluTanh>;
+  using Gate = OneActivation<Silu>;
   time_both<Major::k>("store", a, by_k, nullptr, s, store);
   time_both<Major::k>("bias", a, by_k, nullptr, s, biased);
-  time_both<Major::k>("gelu", a, by_k, nullptr, s, HiddenBoxes<bf16>{map(c), map(d), bias, s.N, gelu, false});
-  time_both<Major::k>("gelu, saved", a, by_k, nullptr, s, HiddenBoxes<bf16>{map(c), map(d), bias, s.N, gelu, true});
+  time_both<Major::k>("gelu", a, by_k, nullptr, s, HiddenBoxes<bf16, Gelu>{map(c), map(d), bias, s.N, {}, false});
+  time_both<Major::k>("gelu, saved", a, by_k, nullptr, s, HiddenBoxes<bf16, Gelu>{map(c), map(d), bias, s.N, {}, true});
   time_both<Major::k>("swiglu, saved", a, by_k, &second, s,
-                      GatedBoxes<bf16>{map(c), map(d), map(e), nullptr, s.N, silu, true});
+                      GatedBoxes<bf16, Gate>{map(c), map(d), map(e), nullptr, s.N, {}, true});
   time_both<Major::mn>("store, k,mn", a, by_n, nullptr, s, store);
   time_tile<HopperReadTile, Major::mn>("gelu slope pp128x128", a, by_n, nullptr, s,
-                                       SlopeBoxes<bf16, false>{map(e), map(f), map(f), map(d), map(d), gelu, sums,
-                                                               s.M, s.N});
+                                       SlopeBoxes<bf16, false, Gelu>{map(e), map(f), map(f), map(d), map(d), {}, sums,
+                                                                     s.M, s.N});
   time_tile<HopperReadTile, Major::mn>("swiglu slope pp128x128", a, by_n, nullptr, s,
-                                       SlopeBoxes<bf16, true>{map(e), map(f), map(g), map(d), map(c), silu, nullptr,
-                                                              s.M, s.N});
+                                       SlopeBoxes<bf16, true, Gate>{map(e), map(f), map(g), map(d), map(c), {}, nullptr,
+                                                                    s.M, s.N});
   auto* parts = allocate<cross_entropy::LogSum>(s.M * ceil_div(s.N, 128));
   float *row = allocate<float>(s.M), *other = allocate<float>(s.M);
   auto* target = allocate<int64_t>(s.M);

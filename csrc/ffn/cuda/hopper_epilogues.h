@@ -5,21 +5,21 @@
 
 namespace llmfast::cuda {
 
-// hidden = act(acc + bias); saved = acc + bias.
-template <class T>
+// hidden = act(acc + bias); saved = acc + bias. Act: gemm/cuda/activations.h.
+template <class T, class Act>
 struct HiddenBoxes {
   static constexpr int kSlabs = 2;
   static constexpr bool kBias = true, kPingPong = true;
   TensorMap hidden, saved;
   const T* bias;  // or null
   int64_t N;
-  Activation activation;
+  Act activation;
   bool saves;
 
   __device__ __forceinline__ void box(float (&x)[32], int m, int n, Slabs<kSlabs>& slabs) const {
     if (bias) slabs.template add_bias<T>(x, n);
     if (saves) slabs.template store<T>(&saved, x, m, n);
-    visit_activation(activation, [&](auto act) {
+    activation.visit([&](auto act) {
 #pragma unroll
       for (int i = 0; i < 32; ++i) x[i] = act.both_of(x[i]).value;
     });
@@ -28,14 +28,14 @@ struct HiddenBoxes {
 };
 
 // hidden = act(gate) * (up + bias); saved: up + bias, and gate.
-template <class T>
+template <class T, class Act>
 struct GatedBoxes {
   static constexpr int kSlabs = 2;
   static constexpr bool kPaired = true, kBias = true, kPingPong = true;
   TensorMap hidden, saved_up, saved_gate;
   const T* bias;  // or null
   int64_t N;
-  Activation activation;
+  Act activation;
   bool saves;
 
   __device__ __forceinline__ void box(float (&gate)[32], float (&up)[32], int m, int n, Slabs<kSlabs>& slabs) const {
@@ -44,7 +44,7 @@ struct GatedBoxes {
       slabs.template store<T>(&saved_up, up, m, n);
       slabs.template store<T>(&saved_gate, gate, m, n);
     }
-    visit_activation(activation, [&](auto act) {
+    activation.visit([&](auto act) {
 #pragma unroll
       for (int i = 0; i < 32; ++i) up[i] *= act.both_of(gate[i]).value;
     });
@@ -53,11 +53,11 @@ struct GatedBoxes {
 };
 
 // As SlopeEpilogue. What is saved is in shared memory by the time that it is needed.
-template <class T, bool kGated>
+template <class T, bool kGated, class Act>
 struct SlopeBoxes {
   static constexpr int kSlabs = 2, kRead = kGated ? 2 : 1;
   TensorMap hidden, d_up, d_gate, up, gate;
-  Activation activation;
+  Act activation;
   float* bias_sums;  // [ceil(M / 64)][N], of d_up's rows; or null
   int64_t M, N;
 
@@ -70,7 +70,7 @@ struct SlopeBoxes {
     if constexpr (kGated) slabs.load(g, 1);
 #pragma unroll
     for (int first = 0; first < 16; first += 8)  // all at once would hold too many registers
-      visit_activation(activation, [&](auto act) {
+      activation.visit([&](auto act) {
 #pragma unroll
         for (int i = first; i < first + 8; ++i) {
           float at[2], by[2], value[2], of_gate[2];
@@ -109,7 +109,9 @@ struct OnHopper<ffn::HiddenEpilogue<T>> {  // never with a gate: see GatedProduc
   static void visit(const ffn::HiddenEpilogue<T>& e, GemmShape shape, const Body& body) {
     const TensorMap hidden = make_tensor_map(mapped_rows(e.hidden, e.ld_hidden, shape));
     const TensorMap saved = e.saved ? make_tensor_map(mapped_rows(e.saved, e.ld_saved, shape)) : hidden;
-    body(HiddenBoxes<T>{hidden, saved, e.bias, shape.N, e.activation, e.saved != nullptr});
+    choose_activation(e.activation, [&](auto act) {
+      body(HiddenBoxes<T, decltype(act)>{hidden, saved, e.bias, shape.N, act, e.saved != nullptr});
+    });
   }
 };
 
@@ -124,11 +126,13 @@ struct OnHopper<ffn::SlopeEpilogue<T>> {
   static void visit(const ffn::SlopeEpilogue<T>& e, GemmShape shape, const Body& body) {
     const auto map = [&](const T* data, int64_t ld) { return make_tensor_map(mapped_rows(data, ld, shape)); };
     const TensorMap hidden = map(e.hidden, e.ld), d_up = map(e.d_up, e.ld), up = map(e.up, e.ld_up);
-    if (e.gate)
-      body(SlopeBoxes<T, true>{hidden, d_up, map(e.d_gate, e.ld), up, map(e.gate, e.ld_gate), e.activation, e.bias_sums,
-                               shape.M, shape.N});
-    else
-      body(SlopeBoxes<T, false>{hidden, d_up, d_up, up, up, e.activation, e.bias_sums, shape.M, shape.N});
+    choose_activation(e.activation, [&](auto act) {
+      if (e.gate)
+        body(SlopeBoxes<T, true, decltype(act)>{hidden, d_up, map(e.d_gate, e.ld), up, map(e.gate, e.ld_gate), act,
+                                                e.bias_sums, shape.M, shape.N});
+      else
+        body(SlopeBoxes<T, false, decltype(act)>{hidden, d_up, d_up, up, up, act, e.bias_sums, shape.M, shape.N});
+    });
   }
 };
 
@@ -147,11 +151,13 @@ struct GatedProducts<HopperProduct> {
     if (shape.M == 0 || shape.N == 0) return;
     const auto map = [&](const T* data, int64_t ld) { return make_tensor_map(mapped_rows(data, ld, shape)); };
     const TensorMap hidden = map(e.hidden, e.ld_hidden);
-    HopperProduct::run_paired<T, Major::k, Major::k>(
-        x, gate_weight, up_weight, shape,
-        GatedBoxes<T>{hidden, e.saved ? map(e.saved, e.ld_saved) : hidden, e.saved ? map(gate, e.ld_gate) : hidden,
-                      e.bias, shape.N, e.activation, e.saved != nullptr},
-        stream);
+    const TensorMap saved_up = e.saved ? map(e.saved, e.ld_saved) : hidden;
+    const TensorMap saved_gate = e.saved ? map(gate, e.ld_gate) : hidden;
+    choose_activation(e.activation, [&](auto act) {
+      HopperProduct::run_paired<T, Major::k, Major::k>(
+          x, gate_weight, up_weight, shape,
+          GatedBoxes<T, decltype(act)>{hidden, saved_up, saved_gate, e.bias, shape.N, act, e.saved != nullptr}, stream);
+    });
   }
 };
 

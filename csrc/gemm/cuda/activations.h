@@ -61,6 +61,38 @@ struct Silu {
   }
 };
 
+// What an epilogue with long code per element is compiled for: one activation, or either of the short ones. Code for all
+// of them is five times as long, and the instruction caches do not hold it.
+// `chosen` is true, which the compiler does not know: so it does not mingle two visits, for which registers are short.
+template <class A>
+struct OneActivation {
+  bool chosen = true;
+  template <class Body>
+  __device__ __forceinline__ void visit(const Body& body) const {
+    if (chosen) body(A{});
+  }
+};
+struct ReluActivation {
+  bool squared;
+  template <class Body>
+  __device__ __forceinline__ void visit(const Body& body) const {
+    if (squared) body(Relu2{});
+    else body(Relu{});
+  }
+};
+
+// body(which of those `activation` is), on the host.
+template <class Body>
+inline void choose_activation(Activation activation, const Body& body) {
+  switch (activation) {
+    case Activation::gelu: return body(OneActivation<Gelu>{});
+    case Activation::gelu_tanh: return body(OneActivation<GeluTanh>{});
+    case Activation::silu: return body(OneActivation<Silu>{});
+    case Activation::relu: return body(ReluActivation{false});
+    case Activation::relu2: return body(ReluActivation{true});
+  }
+}
+
 template <class Body>
 __device__ inline void visit_activation(Activation activation, const Body& body) {
   switch (activation) {
