@@ -1,6 +1,7 @@
 """Whole models on CUDA kernels, emulated or real: the same losses and tokens as on the CPU's kernels."""
 
 import copy
+import math
 import warnings
 
 import pytest
@@ -13,6 +14,7 @@ from llmfast import backend
 from llmfast.generate import decoding, graphs
 from llmfast.models import GPT, GPTConfig
 from llmfast.nn import Linear
+from llmfast.train import NonFiniteError
 
 pytest_plugins = "cuda_emulated"
 
@@ -102,6 +104,23 @@ def test_pretrain(cuda, tmp_path):
     for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters()):
         assert torch.equal(ours, theirs)
     assert str(whole.model.head_weight.device).startswith(cuda)
+
+
+@pytest.mark.parametrize("clip, bad", [(0.0, math.nan), (0.0, math.inf), (1.0, math.inf), (1.0, math.nan)])
+def test_pretrain_stops_before_a_gradient_that_is_not_finite_changes_weights(cuda, tmp_path, monkeypatch, clip, bad):
+    """Though on a GPU the optimiser's step is enqueued before the host knows the norm."""
+    models, reset = [], GPT.reset_parameters
+
+    def hooked(self):
+        reset(self)
+        self.blocks[0].ffn.up.weight.register_hook(lambda grad: torch.full_like(grad, bad))
+        models.append((self, copy.deepcopy(self.state_dict())))
+
+    monkeypatch.setattr(GPT, "reset_parameters", hooked)
+    with pytest.raises(NonFiniteError, match=f"gradient's norm {bad}; stopped before changing the weights"):
+        train(tiny_config(tmp_path, device=cuda, clip=clip, warmup=0, val_every=0))
+    ((model, before),) = models
+    assert all(torch.equal(p.cpu(), before[name]) for name, p in model.state_dict().items())
 
 
 def test_choose_device(monkeypatch):

@@ -122,7 +122,8 @@ def _train(run: Run, stop: StopRequest) -> None:
         norm, scale = clip_grad_norm(parameters, max_norm)
         on_device = isinstance(scale, torch.Tensor)
         if on_device:  # the whole step is under way before anything is waited for; NaN as the scale leaves all as it is
-            run.optimizer.step(grad_scale=scale + sum(0.0 * loss for _, loss in losses))
+            numbers = (norm, *(loss for _, loss in losses))
+            run.optimizer.step(grad_scale=scale + sum(0.0 * number for number in numbers))
         loss, norm = _mean(losses), float(norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise _non_finite(run, loss, norm)
