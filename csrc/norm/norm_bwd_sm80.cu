@@ -296,20 +296,13 @@ __global__ void __launch_bounds__(kStripColumns * kStripRows)
   }
 }
 
-// Of three, two or none, with all blocks of a multiprocessor beside each other; none, where copies are not aligned.
+// None, where copies are not aligned.
 int stages_that_fit(const Operands& o, const NormBackwardPlan& plan, size_t stage_bytes, const Stream& stream) {
-  constexpr size_t kReserved = 1024;  // of a block
   for (const RowSet* rows : {&o.grad_normed, &o.summed, &o.grad_summed})
     if (rows->data && !rows->aligned) return 0;
   const DeviceInfo& device = device_info(stream.device);
-  const size_t each = plan.threads >= kMostThreads ? 1 : kMostThreads / plan.threads;
-  for (const int stages : {3, 2}) {
-    const size_t bytes = stages * stage_bytes;
-    if (bytes <= static_cast<size_t>(device.shared_per_block) &&
-        each * (bytes + kReserved) <= static_cast<size_t>(device.shared_per_multiprocessor))
-      return stages;
-  }
-  return 0;
+  return norm_backward_stages(plan.threads, static_cast<int>(stage_bytes), device.shared_per_block,
+                              device.shared_per_multiprocessor);
 }
 
 }  // namespace

@@ -22,6 +22,19 @@ struct NormBackwardPlan {
 };
 NormBackwardPlan norm_backward_plan(int64_t M, int64_t C);
 
+// How many rows' operands of `stage_bytes` a block has in shared memory or on their way there: three, two or none, with
+// all blocks of a multiprocessor beside each other.
+inline int norm_backward_stages(int threads, int stage_bytes, int shared_per_block, int shared_per_multiprocessor) {
+  constexpr int kSums = 1024;      // of a block: its row sums, up to the alignment of dynamic shared memory
+  constexpr int kReserved = 1024;  // of a block, by CUDA
+  const int each = threads >= 512 ? 1 : 512 / threads;
+  for (const int stages : {3, 2}) {
+    const int bytes = stages * stage_bytes + kSums;
+    if (bytes <= shared_per_block && each * (bytes + kReserved) <= shared_per_multiprocessor) return stages;
+  }
+  return 0;
+}
+
 void norm_forward_sm80(const NormParams& params, const Stream& stream);
 void norm_backward_sm80(const NormBackwardParams& params, const Stream& stream);
 

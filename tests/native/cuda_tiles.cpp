@@ -16,6 +16,7 @@
 #include "gemm/cuda/hopper_schedule.h"
 #include "gemm/cuda/schedule.h"
 #include "gemm/cuda/shared_tile.h"
+#include "norm/norm_cuda.h"
 
 using namespace llmfast;
 using namespace llmfast::cuda;
@@ -309,6 +310,20 @@ void check_way() {
   CHECK(way(causal, 8192, true) == kernels);
 }
 
+// The rows that a norm's backward copies ahead fit what devices have, beside the 1,024 bytes that ptxas reports.
+void check_norm_stages() {
+  constexpr int kDevices[][2] = {{166912, 167936}, {101376, 102400}, {232448, 233472}};  // 8.0; 8.6, 8.9, 12.0; 9.0
+  for (const auto& [block, multiprocessor] : kDevices)
+    for (int threads = 32; threads <= 512; threads += 32)
+      for (int pieces = 2; pieces <= 12; ++pieces) {
+        const int bytes = pieces * threads * 16, stages = norm_backward_stages(threads, bytes, block, multiprocessor);
+        CHECK(stages == 0 || stages * bytes + 1024 <= block);
+        CHECK(512 / threads * (stages * bytes + 2048) <= multiprocessor);
+      }
+  CHECK(norm_backward_stages(352, 352 * 6 * 16, 101376, 102400) == 2);  // three are 99 KB, all that a block may have
+  CHECK(norm_backward_stages(96, 96 * 5 * 16, 232448, 233472) == 3);
+}
+
 // What is noted of a tile is found again from its keys and from its queries, whatever dimensions the mask lacks; no two
 // tiles share a place.
 void check_mask_classes() {
@@ -404,6 +419,7 @@ int main() {
           check_turns({Tq, Tk, left, right}, 3, 2, 4, 1, 2);
         }
   check_way();
+  check_norm_stages();
   check_mask_classes();
   for (const int rows : {4, 16, 64}) {
     check_packed({5, 0, 70, 1}, rows);
