@@ -267,8 +267,9 @@ def _squares_on_cpu(grads: list[torch.Tensor]) -> float:
 
 def _clip_on_gpu(grads: list[torch.Tensor], grad_scale: float, max_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
     native = backend.native_cuda()
-    numbers = grads[0].new_empty(2 + native.norm_pieces(grads), dtype=torch.float32)
-    native.clip_norm(grads, grad_scale, max_norm, numbers, backend.stream_of(numbers))
+    numbers = grads[0].new_empty(2, dtype=torch.float32)  # kept for as long as the caller keeps either
+    sums = grads[0].new_empty(native.norm_pieces(grads), dtype=torch.float32)
+    native.clip_norm(grads, grad_scale, max_norm, numbers, sums, backend.stream_of(numbers))
     return numbers[0], numbers[1]
 
 

@@ -146,6 +146,7 @@ def test_gradient_norm(cuda):
         assert math.isclose(norm, exact, rel_tol=1e-6) and math.isclose(scale, 1 / (exact + 1e-6), rel_tol=1e-6)
         norm, scale = llmfast.clip_grad_norm(grads, exact, grad_scale=-0.5)
         assert math.isclose(norm, exact / 2, rel_tol=1e-6) and scale == -0.5
+        assert norm.untyped_storage().nbytes() == 8  # who keeps a norm for a log keeps no scratch
     norm, scale = llmfast.clip_grad_norm([torch.full((3,), math.inf, device=cuda)], 1.0)
     assert norm == math.inf and scale == 0
     assert llmfast.clip_grad_norm([torch.full((3,), math.inf, device=cuda)], math.inf)[1] == 1

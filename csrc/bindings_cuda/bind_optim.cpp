@@ -43,8 +43,9 @@ void bind_optim(py::module_& m) {
         [](const Views& grads) { return norm_pieces(grads.data(), static_cast<int64_t>(grads.size())); });
   m.def(
       "clip_norm",
-      [](const Views& grads, double grad_scale, double max_norm, const TensorView& numbers, uint64_t stream) {
-        clip_norm(grads.data(), static_cast<int64_t>(grads.size()), grad_scale, max_norm, numbers,
+      [](const Views& grads, double grad_scale, double max_norm, const TensorView& numbers,
+         const TensorView& sums, uint64_t stream) {
+        clip_norm(grads.data(), static_cast<int64_t>(grads.size()), grad_scale, max_norm, numbers, sums,
                   stream_on(numbers, stream));
       },
       WithoutGil());

@@ -36,16 +36,19 @@ int64_t norm_pieces(const TensorView* grads, int64_t count) {
 }
 
 void clip_norm(const TensorView* grads, int64_t count, double grad_scale, double max_norm, const TensorView& numbers,
-               const Stream& stream) {
+               const TensorView& sums, const Stream& stream) {
   for (int64_t i = 0; i < count; ++i) {
     check_gradient(grads[i], i);
     require(grads[i].device == stream.device, "grads: expected tensors of one device");
   }
   const int64_t pieces = norm_pieces(grads, count);
-  require_shape(numbers, "numbers", {2 + pieces});
-  require_dtype(numbers, "numbers", DType::f32);
-  require_contiguous(numbers, "numbers");
-  kClip(DType::f32, {grads, count, pieces, grad_scale, max_norm, numbers.as<float>()}, stream);
+  require_shape(numbers, "numbers", {2});
+  require_shape(sums, "sums", {pieces});
+  for (const TensorView* t : {&numbers, &sums}) {
+    require_dtype(*t, "numbers and sums", DType::f32);
+    require_contiguous(*t, "numbers and sums");
+  }
+  kClip(DType::f32, {grads, count, pieces, grad_scale, max_norm, numbers.as<float>(), sums.as<float>()}, stream);
 }
 
 }  // namespace llmfast

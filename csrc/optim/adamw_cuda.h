@@ -11,11 +11,11 @@ constexpr int64_t kNormPieceElements = 1 << 14;
 // device or undefined, is another factor of the gradients; where it is not finite, nothing is updated.
 void adamw_step(const AdamWInputs& inputs, const double* step, const TensorView& grad_scale, const Stream& stream);
 
-// The norm of all gradients together times |grad_scale|, and grad_scale * min(1, max_norm / (norm + 1e-6)), into the
-// first two floats of `numbers`; behind them norm_pieces() floats of scratch.
+// The norm of all gradients together times |grad_scale|, and grad_scale * min(1, max_norm / (norm + 1e-6)), into
+// the two floats of `numbers`. `sums`: norm_pieces() floats of scratch.
 int64_t norm_pieces(const TensorView* grads, int64_t count);
 void clip_norm(const TensorView* grads, int64_t count, double grad_scale, double max_norm, const TensorView& numbers,
-               const Stream& stream);
+               const TensorView& sums, const Stream& stream);
 
 struct CudaAdamWParams {
   AdamWParams step;
@@ -25,7 +25,7 @@ struct ClipParams {
   const TensorView* grads;
   int64_t count, pieces;
   double grad_scale, max_norm;
-  float* numbers;
+  float *numbers, *sums;
 };
 
 namespace cuda {

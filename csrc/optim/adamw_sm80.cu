@@ -118,12 +118,12 @@ __global__ void __launch_bounds__(kThreads) squared_norms_kernel(const __grid_co
 
 constexpr int kFinishThreads = 1024;
 
-// One block: numbers[0] and [1] from the pieces' sums behind them, as clip_norm() says.
+// One block: numbers[0] and [1] from the pieces' sums, as clip_norm() says.
 __global__ void __launch_bounds__(kFinishThreads)
-    finish_norm_kernel(float* numbers, int64_t pieces, double grad_scale, double max_norm) {
+    finish_norm_kernel(float* numbers, const float* sums, int64_t pieces, double grad_scale, double max_norm) {
   __shared__ double parts[kFinishThreads];
   double sum = 0;
-  for (int64_t i = thread(); i < pieces; i += kFinishThreads) sum += static_cast<double>(numbers[2 + i]);
+  for (int64_t i = thread(); i < pieces; i += kFinishThreads) sum += static_cast<double>(sums[i]);
   parts[thread()] = sum;
   __syncthreads();
   for (int width = kFinishThreads / 2; width > 0; width /= 2) {
@@ -155,7 +155,7 @@ void adamw_step_sm80(const CudaAdamWParams& params, const Stream& stream) {
 }
 
 void clip_norm_sm80(const ClipParams& p, const Stream& stream) {
-  float* sums = p.numbers + 2;
+  float* sums = p.sums;
   for (int64_t begin = 0; begin < p.count; begin += kTensors) {
     SquaresOperands o{};
     o.sums = sums;
@@ -170,7 +170,7 @@ void clip_norm_sm80(const ClipParams& p, const Stream& stream) {
     if (blocks > 0) launch(stream, Grid{static_cast<unsigned>(blocks)}, kThreads, 0, squared_norms_kernel, o);
     sums += blocks;
   }
-  launch(stream, Grid{1}, kFinishThreads, 0, finish_norm_kernel, p.numbers, p.pieces, p.grad_scale, p.max_norm);
+  launch(stream, Grid{1}, kFinishThreads, 0, finish_norm_kernel, p.numbers, p.sums, p.pieces, p.grad_scale, p.max_norm);
 }
 
 }  // namespace llmfast::cuda
