@@ -73,8 +73,8 @@ class AdamW(torch.optim.Optimizer):
         Args:
             closure: re-evaluates the model and returns the loss, which is then this method's result.
             grad_scale: for clipping (see `clip_grad_norm`), accumulation or a scaled loss, without a pass of its own. A
-                tensor of one element on a GPU is not waited for; parameters there are left as they are, and their
-                state, where it is not finite.
+                tensor of one element on a GPU is not waited for; where it is not finite, kernels there leave parameters
+                and averages as they are, and the step still counts.
 
         Raises:
             ValueError: a gradient is sparse. TypeError: a gradient's dtype is neither float32 nor its parameter's.

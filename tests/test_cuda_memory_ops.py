@@ -156,7 +156,7 @@ def test_gradient_norm(cuda):
 
 
 def test_a_step_takes_its_scale_from_the_device(cuda):
-    """As `clip_grad_norm` returns it; and with one that is not finite all stays as it was."""
+    """As `clip_grad_norm` returns it; and with one that is not finite all but the step stays as it was."""
     start, grad = torch.randn(300).to(cuda), torch.randn(300).to(cuda)
     results = []
     for as_number in (False, True):
@@ -170,7 +170,7 @@ def test_a_step_takes_its_scale_from_the_device(cuda):
         for bad in (math.nan, math.inf, -math.inf):
             optimizer.step(grad_scale=torch.tensor(bad, device=cuda))
         now = [p, optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"]]
-        assert all(torch.equal(a, b) for a, b in zip(now, results[-1]))
+        assert all(torch.equal(a, b) for a, b in zip(now, results[-1])) and optimizer.state[p]["step"] == 4
     assert all(torch.equal(a, b) for a, b in zip(*results)) and not torch.equal(results[0][0], start)
 
 
