@@ -305,6 +305,10 @@ void check_way() {
     CHECK(way(full, 2048, free) == kernels && way(full, 4096, free) == in_turns && way(full, 8192, free) == in_turns);
     CHECK(way(window, 8192, free) == kernels && way(capped, 8192, free) == kernels);
     CHECK(way(small, 8192, free) == kernels && way(small, 16384, free) == best);
+    for (AttentionParams few : {full, causal}) {  // queries, all of which see nearly all keys
+      few.Tq = 256, few.Tk = 16384, few.any_order = free;
+      CHECK(backward_way(few) == kernels);
+    }
   }
   causal.first_q = &causal.B;
   CHECK(way(causal, 8192, true) == kernels);

@@ -52,12 +52,13 @@ inline BackwardWay backward_way(const AttentionParams& p) {
   const double mean = mean_queries_of_key(p);
   const Shape shape = shape_of(p, mean);
   const bool narrow = p.D <= 64 && p.Dv <= 64, is_long = p.Tk >= kLeastTurnKeys;
-  if (shape == Shape::full && !narrow) return is_long ? BackwardWay::in_turns : BackwardWay::kernels;
+  const bool many = mean >= 4 * kLeastAnyOrderQueries;  // else blocks of keys are soon done but for waiting for turns
+  if (shape == Shape::full && !narrow) return is_long && many ? BackwardWay::in_turns : BackwardWay::kernels;
   if (shape == Shape::triangle) {
     if (p.any_order && mean >= kLeastAnyOrderQueries) return BackwardWay::any_order;
     return is_long ? BackwardWay::in_turns : BackwardWay::kernels;
   }
-  if (mean < 4 * kLeastAnyOrderQueries) return BackwardWay::kernels;
+  if (!many) return BackwardWay::kernels;
   if (p.any_order) return BackwardWay::any_order;
   return narrow ? BackwardWay::kernels : BackwardWay::in_turns;
 }
