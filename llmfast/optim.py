@@ -176,8 +176,8 @@ def clip_grad_norm(
     """The L2 norm of all gradients together, and the factor that brings it down to `max_norm`.
 
     Nothing is written: hand the factor to ``AdamW.step(grad_scale=...)``, which multiplies while it reads. The norm is
-    summed in float64 (of runs of 1,024 whose own sum is float32), in an order that does not depend on the number of
-    threads.
+    summed in float64 (of runs of 1,024, on a GPU 16,384, whose own sum is float32), in an order that does not depend on
+    the number of threads.
 
     Args:
         parameters: parameters, of which those with a gradient count, or gradients (tensors that do not require grad).
