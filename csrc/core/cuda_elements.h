@@ -1,8 +1,9 @@
 // Rows of elements for memory-bound kernels: eight at a time, float32 in registers, any floating dtype in memory.
 //
-// The dtype is run-time data: these kernels take up to four tensors of three dtypes each, and a branch that a whole
-// grid takes the same way costs a cycle where a 16-byte access costs dozens. Loading and widening are separate steps,
-// so that a thread can issue all loads of a row before it waits for the first.
+// The dtype is a field, known when a kernel is compiled (TypedRows) or not: kernels take up to four tensors of three
+// dtypes each, and there is code for the combinations that matter. Code for all of them works, but where it is long it
+// outgrows the instruction caches. Loading and widening are separate steps, so that a thread can issue all loads of a
+// row before it waits for the first.
 #pragma once
 #include <initializer_list>
 

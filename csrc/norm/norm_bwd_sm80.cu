@@ -45,11 +45,11 @@ struct RowStep {
 
   template <class Kinds>
   __device__ __forceinline__ RowStep(Kinds, const Operands& o, uint32_t row, float saved_mean)
-      : grad_normed(Kinds::Operand::row(o.grad_normed, row)),
+      : grad_normed(Kinds::Normed::row(o.grad_normed, row)),
         grad_summed(Kinds::Stream::row(o.grad_summed, row)),
         summed(Kinds::Stream::row(o.summed, row)),
         grad_total(Kinds::Stream::row(o.grad_total, row)),
-        grad_x(Kinds::Operand::row(o.grad_x, row)),
+        grad_x(Kinds::X::row(o.grad_x, row)),
         mean(saved_mean) {}
 };
 
@@ -329,7 +329,7 @@ void norm_backward_sm80(const NormBackwardParams& p, const Stream& stream) {
   const Grid blocks{static_cast<unsigned>(plan.blocks)};
   if (plan.blocks > 0 && plan.groups == 0) launch(stream, blocks, plan.threads, 0, norm_backward_long_kernel, o);
   else if (plan.blocks > 0)
-    visit_kinds({&o.grad_normed, &o.grad_x}, {&o.summed, &o.grad_summed, &o.grad_total}, {&o.weight}, [&](auto kinds) {
+    visit_kinds(o.grad_x, {&o.summed, &o.grad_summed, &o.grad_total}, o.grad_normed, {&o.weight}, [&](auto kinds) {
       using Kinds = decltype(kinds);
       const size_t stage_bytes = size_t{kOperandBytes} * plan.threads * plan.groups * waiting_units(o);
       const int stages = stages_that_fit(o, plan, stage_bytes, stream);

@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kWarpPerRow ? kWarpsPerBlock * kWarpSize : kMo
   const uint32_t row = kWarpPerRow ? blockIdx.x * kWarpsPerBlock + warp() : blockIdx.x;
   const int first = kWarpPerRow ? lane() : thread(), threads = kWarpPerRow ? kWarpSize : static_cast<int>(blockDim.x);
   if (kWarpPerRow && row >= o.M) return;
-  const RowPointer x_row = Kinds::Operand::row(o.x, row), normed_row = Kinds::Operand::row(o.normed, row);
+  const RowPointer x_row = Kinds::X::row(o.x, row), normed_row = Kinds::Normed::row(o.normed, row);
   const RowPointer residual_row = Kinds::Stream::row(o.residual, row), summed_row = Kinds::Stream::row(o.summed, row);
   const auto columns = [&](int k) { return Columns(k, threads, first, Kinds::kApart); };
   RowSum<kWarpPerRow, kMostThreads, 1> row_sum;
@@ -156,7 +156,7 @@ void norm_forward_sm80(const NormParams& p, const Stream& stream) {
                    p.eps,
                    p.centred};
   if (o.C > kBlockColumns) return launch(stream, Grid{o.M}, kMostThreads, 0, norm_forward_long_kernel, o);
-  visit_kinds({&o.x, &o.normed}, {&o.residual, &o.summed}, {&o.weight, &o.bias}, [&](auto kinds) {
+  visit_kinds(o.x, {&o.residual, &o.summed}, o.normed, {&o.weight, &o.bias}, [&](auto kinds) {
     using Kinds = decltype(kinds);
     if (o.C <= kWarpColumns) {
       const Grid grid{(o.M + kWarpsPerBlock - 1) / kWarpsPerBlock};

@@ -1,5 +1,5 @@
-// What norm kernels are compiled for: rows of the operands (x, normed and their gradients), of the stream (residual,
-// summed and theirs), and weights.
+// What norm kernels are compiled for: rows of x and its gradient, of the stream (residual, summed and theirs), of normed
+// and its gradient, and weights.
 //
 // Code for one dtype without tails is a quarter as long as that for all (forward, three groups a lane: 1,112 and 4,640
 // instructions, which the instruction caches do not hold). Measured, H200, 2026-11-28, bf16 beside a float32 stream, ms:
@@ -14,15 +14,17 @@ namespace llmfast::cuda {
 namespace {
 
 struct AnyKinds {
-  using Operand = AnyRows;
+  using X = AnyRows;
   using Stream = AnyRows;
+  using Normed = AnyRows;
   using Weights = AnyRows;
   static constexpr bool kApart = false;
 };
-template <DType kOperand, DType kStream>
+template <DType kX, DType kStream, DType kNormed = kX>
 struct TypedKinds {
-  using Operand = TypedRows<kOperand>;
+  using X = TypedRows<kX>;
   using Stream = TypedRows<kStream>;
+  using Normed = TypedRows<kNormed>;
   using Weights = AlignedRows;
   static constexpr bool kApart = kStream == DType::f32;  // Columns in core/cuda_elements.h
 };
@@ -37,11 +39,11 @@ bool all_hold(RowSets sets) {
 
 // body(kinds) of the first kinds that hold.
 template <class Body>
-void visit_kinds(RowSets operands, RowSets streams, RowSets weights, const Body& body) {
+void visit_kinds(const RowSet& x, RowSets streams, const RowSet& normed, RowSets weights, const Body& body) {
   bool found = false;
   const auto attempt = [&](auto kinds) {
     using K = decltype(kinds);
-    if (found || !all_hold<typename K::Operand>(operands) || !all_hold<typename K::Stream>(streams) ||
+    if (found || !K::X::hold(x) || !K::Normed::hold(normed) || !all_hold<typename K::Stream>(streams) ||
         !all_hold<typename K::Weights>(weights))
       return;
     found = true;
@@ -50,6 +52,8 @@ void visit_kinds(RowSets operands, RowSets streams, RowSets weights, const Body&
   constexpr DType kF32 = DType::f32, kBf16 = DType::bf16, kF16 = DType::f16;
   attempt(TypedKinds<kBf16, kBf16>{});
   attempt(TypedKinds<kBf16, kF32>{});
+  attempt(TypedKinds<kBf16, kF32, kF32>{});  // under autocast
+  attempt(TypedKinds<kF32, kF32, kBf16>{});  // a model's first
   attempt(TypedKinds<kF16, kF16>{});
   attempt(TypedKinds<kF16, kF32>{});
   attempt(TypedKinds<kF32, kF32>{});
