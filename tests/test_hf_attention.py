@@ -306,12 +306,15 @@ def test_sink_gradients():
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_a_sink_of_each_query(bias):
+@pytest.mark.parametrize("bias", [False, True, "trained"])
+def test_a_sink_of_each_query(bias, monkeypatch):
     """As Inkling 2's layers call: one more score in the softmax, without a value."""
     q, k, v, sinks = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 4, 6, 1)
     leaves = [t.requires_grad_() for t in (q, k, v, sinks)]
     layer, position_bias = torch.nn.Module(), torch.randn(2, 4, 6, 6) if bias else None
+    if bias == "trained":
+        monkeypatch.setenv("LLMFAST_STRICT", "0")  # no kernel computes a bias's gradient
+        leaves.append(position_bias.requires_grad_())
     out = attention_forward(layer, q, k, v, None, scaling=0.3, position_bias=position_bias, sinks=sinks)[0]
     scores = q @ k.repeat_interleave(2, 1).mT * 0.3 + (position_bias if bias else 0)
     scores = scores.masked_fill(~torch.ones(6, 6, dtype=torch.bool).tril(), float("-inf"))

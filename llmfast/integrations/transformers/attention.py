@@ -81,7 +81,7 @@ def attention_forward(
         mask = Mask(False, visible=_add_bias(position_bias, dense(mask, query.shape[2], key.shape[2], query.device)))
     if query.shape[0] != key.shape[0]:  # learned queries, shared by the batch
         query = query.expand(key.shape[0], -1, -1, -1)
-    reason = _why_plain(query, dropout, sinks)
+    reason = _why_plain(query, dropout, sinks, mask.visible)
     if reason:
         out = _plain(reason, query, key, value, mask, dropout, scaling, softcap, sinks)
     elif sinks is not None:
@@ -143,7 +143,7 @@ def _add_bias(bias: Tensor, mask: Tensor | None) -> Tensor:
     return bias + mask if mask.is_floating_point() else bias.masked_fill(~mask, float("-inf"))
 
 
-def _why_plain(query: Tensor, dropout: float, sinks: Tensor | None) -> str | None:
+def _why_plain(query: Tensor, dropout: float, sinks: Tensor | None, visible: Tensor | None = None) -> str | None:
     if dropout > 0:
         return "dropout"
     if query.dtype not in _FLOATING:
@@ -152,6 +152,8 @@ def _why_plain(query: Tensor, dropout: float, sinks: Tensor | None) -> str | Non
         return f"a {type(query).__name__}"
     if sinks is not None and not query.is_cpu:
         return f"sinks on {query.device.type}"
+    if sinks is not None and visible is not None and visible.requires_grad and torch.is_grad_enabled():
+        return "a mask that requires a gradient"
     return None
 
 
