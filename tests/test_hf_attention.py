@@ -14,6 +14,7 @@ from llmfast.integrations.transformers import masks  # noqa: E402
 from llmfast.integrations.transformers.attention import attention_forward  # noqa: E402
 
 from transformers import (  # noqa: E402  isort: skip
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     BertConfig,
@@ -216,6 +217,41 @@ def test_layers_with_masks_of_their_own(name, side):
     for parameter, grad in expected[1].items():
         torch.testing.assert_close(ours[1][parameter], grad, atol=1e-5 * max(largest, 1), rtol=2e-4)
     assert ours[2].tolist() == expected[2].tolist()
+
+
+def _git():
+    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, image_size=16)
+    options = {key: value for key, value in TINY.items() if key != "num_key_value_heads"}
+    config = CONFIG_MAPPING["git"](**options, vision_config=vision | dict(patch_size=8))
+    return AutoModelForCausalLM.from_config(config), dict(pixel_values=torch.randn(2, 3, 16, 16))
+
+
+def _gemma4_audio():
+    small = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, attention_chunk_size=4)
+    config = CONFIG_MAPPING["gemma4_audio"](**small, attention_context_left=3, output_proj_dims=32)
+    return AutoModel.from_config(config), {}
+
+
+@pytest.mark.parametrize("name", ["git", "gemma4_audio"])
+def test_layers_that_apply_the_mask_themselves(name):
+    """Attention other than transformers' interface in a model whose configuration names "llmfast"."""
+    kind = {"git": _git, "gemma4_audio": _gemma4_audio}[name]
+    if name not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    torch.manual_seed(0)
+    model, inputs = kind()
+    if name == "git":
+        inputs["input_ids"], inputs["attention_mask"] = _batch(side="left")
+    else:
+        inputs["input_features"], inputs["attention_mask"] = torch.randn(2, 60, 128), torch.ones(2, 60).bool()
+        inputs["attention_mask"][0, -20:] = False
+
+    def call():
+        with torch.no_grad():
+            return model.eval()(**inputs)[0]
+
+    ours, expected = _both(model, "eager", call)
+    torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-5)
 
 
 GENERATE = {

@@ -43,8 +43,9 @@ __all__ = ["Mask", "build", "dense", "read"]
 
 _SLIDING = sliding_window_overlay(1).__code__
 # Written for eager attention alone, which always has a dense additive mask: DeepSeek-V4's layers append columns to it,
-# the others' causal layers do not say that they are causal.
-_EAGER_ONLY = ("bigbird_pegasus", "deepseek_v4", "informer", "nllb-moe", "pegasus_x")
+# Gemma 4's audio encoder cuts it into blocks, GIT adds it to scores of its own, the others' causal layers do not say
+# that they are causal.
+_EAGER_ONLY = ("bigbird_pegasus", "deepseek_v4", "gemma4_audio", "git", "informer", "nllb-moe", "pegasus_x")
 
 
 class Mask(NamedTuple):
