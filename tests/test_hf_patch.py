@@ -409,3 +409,21 @@ def test_part_of_a_model_with_attention_of_its_own():
     unpatch(model)
     assert language._attn_implementation == "sdpa"
     assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, expected)
+
+
+def test_part_that_takes_no_other_attention():
+    """DETR's ResNet allows "eager" alone: transformers refuses to set the whole back to the "sdpa" that it has."""
+    backbone = dict(model_type="resnet", embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], out_features=["stage2"])
+    small = dict(d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2)
+    config = transformers.DetrConfig(backbone_config=backbone, num_queries=3, **small)
+    model = transformers.DetrModel(config).eval()
+    pixels = torch.randn(1, 3, 32, 32)
+    expected = model(pixels).last_hidden_state
+    models = [m for m in model.modules() if isinstance(m, transformers.PreTrainedModel)]
+    before = [m.config._attn_implementation for m in models]
+    assert set(before) == {"eager", "sdpa"}
+    patch(model)
+    torch.testing.assert_close(model(pixels).last_hidden_state, expected, atol=2e-5, rtol=1e-4)
+    unpatch(model)
+    assert [m.config._attn_implementation for m in models] == before
+    assert torch.equal(model(pixels).last_hidden_state, expected)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from types import MethodType
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.pytorch_utils import Conv1D
 
@@ -91,17 +92,15 @@ def unpatch(model: nn.Module) -> nn.Module:
     Example:
         >>> llmfast.unpatch(model)
     """
-    attention = [m for m in model.modules() if _BEFORE in m.__dict__ and m.config._attn_implementation == "llmfast"]
-    for module in attention:  # the whole before its parts, which it sets too
-        module.set_attn_implementation(module.__dict__[_BEFORE])
     for module in model.modules():
+        for config, implementation in module.__dict__.pop(_BEFORE, ()):
+            if config._attn_implementation == "llmfast":
+                config._attn_implementation_internal = implementation
         for attribute in _ATTRIBUTES:
             if layers.is_ours(module.__dict__.get(attribute)):
                 delattr(module, attribute)
         if module.__dict__.get("_loss_function") is loss.causal_lm_loss:
             del module._loss_function
-        if _BEFORE in module.__dict__:
-            delattr(module, _BEFORE)
     return model
 
 
@@ -134,18 +133,26 @@ def _patch_head(model: PreTrainedModel, report: Patched) -> None:
     report.replaced["LM head and loss (linear_cross_entropy)"] += 1
 
 
+def _configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """`config` and those inside it, which need not be a model's."""
+    yield config
+    for name in config.sub_configs:
+        if getattr(config, name, None) is not None:
+            yield from _configs(getattr(config, name))
+
+
 def _patch_attention(roots: list[PreTrainedModel], report: Patched) -> None:
     """Of each model with a configuration of its own: parts of a model may have another attention than the whole."""
     own = list({id(model.config): model for model in reversed(roots)}.values())[::-1]
-    before = [model.config._attn_implementation for model in own]
+    before = [[(config, config._attn_implementation) for config in _configs(model.config)] for model in own]
     inside = {id(part) for model in roots for part in model.modules() if part is not model}
     for model in roots:
         if id(model) not in inside:
             model.set_attn_implementation("llmfast")
-    for model, implementation in zip(own, before):
+    for model, pairs in zip(own, before):
+        changed = [pair for pair in pairs if pair[1] != "llmfast"]
+        setattr(model, _BEFORE, changed + model.__dict__.get(_BEFORE, []))
         if model.config._attn_implementation != "llmfast":
             report.left[f"attention of {type(model).__name__}: it does not use transformers' attention interface"] += 1
             continue
-        if implementation != "llmfast":
-            setattr(model, _BEFORE, implementation)
         report.replaced['attention kernel (attn_implementation="llmfast")'] += 1
