@@ -545,6 +545,15 @@ def test_functional_transforms(strict):
     torch.testing.assert_close(jacobian, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_meta_tensors():
+    """Shapes without memory, by which large models are planned."""
+    net = model().to("meta")
+    out = net(torch.empty(2, 3, 24, device="meta"))
+    out.sum().backward()
+    assert out.is_meta and out.shape == (2, 3, 24)
+    assert all(p.grad.is_meta and p.grad.shape == p.shape for p in net.parameters())
+
+
 def test_forward_mode_derivatives_are_torchs():
     x = torch.randn(2, 5, 24)
     ours, theirs, _ = twins("LayerNorm", 24)

@@ -21,7 +21,7 @@ def left_to_torch(op: str, x: torch.Tensor, *weights: torch.Tensor | None) -> bo
 
 def autocast_is_on(x: torch.Tensor) -> bool:
     """For the device of `x`."""
-    return torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
+    return not x.is_meta and torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
 
 
 def _why_not_native(x, weights) -> str | None:
