@@ -545,6 +545,33 @@ def test_functional_transforms(strict):
     torch.testing.assert_close(jacobian, expected, rtol=1e-4, atol=1e-4)
 
 
+def of_torch(net):
+    """What `model` made, of torch's modules and the same values."""
+    net = copy.deepcopy(net)
+    revert_modules(net)
+    mlp = net[3]
+    return nn.Sequential(*net[:3], nn.Sequential(mlp.fc1, nn.GELU(), mlp.fc2))
+
+
+def test_gradients_by_graphs_that_outlive_a_transform(strict):
+    """`torch.func.vjp`, ``is_grads_batched`` and vectorized Jacobians have backward passes outside of the transform, over
+    tensors without memory of their own."""
+    net, x = model(), torch.randn(2, 3, 24)
+    cotangents = torch.randn(4, 2, 3, 24)
+
+    def results(net):
+        leaf = x.clone().requires_grad_()
+        leaves = [leaf, *net.parameters()]
+        yield torch.func.vjp(net, x)[1](cotangents[0])[0]
+        yield from torch.autograd.grad(net(leaf), leaves, cotangents, is_grads_batched=True)
+        yield torch.autograd.functional.jacobian(net, x[:1, :1], vectorize=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch: loops where an op has no batching rule
+        for ours, theirs in zip(results(net), results(of_torch(net)), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 def test_meta_tensors():
     """Shapes without memory, by which large models are planned."""
     net = model().to("meta")

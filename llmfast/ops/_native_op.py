@@ -44,6 +44,8 @@ _is_autocast_enabled = torch.is_autocast_enabled
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transforms_active = torch._C._are_functorch_transforms_active
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16)
@@ -194,9 +196,13 @@ def _plain_eager(args: Sequence) -> bool:
 
 
 def any_lazy(args: Sequence) -> bool:
-    """Whether a tensor's memory is not what it stands for (``z.conj().imag``, a zero tensor of autograd's): torch's
-    dispatcher then hands real ones on."""
-    return any(isinstance(a, torch.Tensor) and (a.is_neg() or a._is_zerotensor()) for a in args)
+    """Whether a tensor's memory is not what it stands for (``z.conj().imag``, a zero tensor of autograd's, what outlives
+    `torch.func.vjp`, the batch of ``is_grads_batched``): torch's dispatcher then hands real ones on."""
+    return any(isinstance(a, torch.Tensor) and _is_lazy(a) for a in args)
+
+
+def _is_lazy(tensor: torch.Tensor) -> bool:
+    return tensor.is_neg() or tensor._is_zerotensor() or _is_wrapped(tensor) or _is_legacy_batched(tensor)
 
 
 def _refuse_tangents(name: str, args: Sequence) -> None:
