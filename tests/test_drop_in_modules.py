@@ -572,6 +572,32 @@ def test_gradients_by_graphs_that_outlive_a_transform(strict):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_jit_trace(strict, grad):
+    """Results of native code are no constants of the trace, also where something else depends on the input."""
+    net = model()
+    plain = of_torch(net)
+
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return x + self.net(x)
+
+    with warnings.catch_warnings(), torch.set_grad_enabled(grad):
+        warnings.simplefilter("ignore")  # torch: about checks of shapes, and that tracing is deprecated
+        traced = torch.jit.trace(Residual(), torch.randn(2, 3, 24))
+    x = torch.randn(3, 5, 24, requires_grad=True)
+    weight = torch.randn(3, 5, 24)
+    expected = x + plain(x)
+    grads = torch.autograd.grad(expected, [x, *plain.parameters()], weight)
+    actual = traced(x)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.autograd.grad(actual, [x, *net.parameters()], weight), grads, rtol=1e-4, atol=1e-3)
+
+
 def test_meta_tensors():
     """Shapes without memory, by which large models are planned."""
     net = model().to("meta")

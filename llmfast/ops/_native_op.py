@@ -44,6 +44,7 @@ _is_autocast_enabled = torch.is_autocast_enabled
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transforms_active = torch._C._are_functorch_transforms_active
+_is_tracing = torch._C._is_tracing
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
@@ -176,18 +177,19 @@ def _functorch_function(name: str, op: Callable, setup_context: Callable | None,
 
 def whole_calls(tensor: object) -> ModuleType | None:
     """The native module that takes `tensor`, if an op is called by plain eager code: no compiler, dispatch mode, functorch
-    transform, autocast or forward-mode AD is on. It may be handed anything, and answers None to what it leaves to Python.
+    transform, autocast, forward-mode AD or `torch.jit.trace` is on. It may be handed anything, and answers None to what it
+    leaves to Python.
     """
     if _is_compiling() or _dispatch_modes() or _transforms_active() or _is_any_autocast_enabled():
         return None
-    if forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0 or _is_tracing():
         return None
     return backend.native_for(tensor)
 
 
 def _plain_eager(args: Sequence) -> bool:
     """Whether a native function may be handed these arguments directly."""
-    if _dispatch_modes() or _transforms_active() or forward_ad._current_level >= 0:
+    if _dispatch_modes() or _transforms_active() or forward_ad._current_level >= 0 or _is_tracing():
         return False
     for a in args:  # noqa: SIM110  # all() takes twice as long, and this runs for each block of each token
         if type(a) not in _PLAIN and isinstance(a, torch.Tensor):

@@ -74,6 +74,7 @@ def ffn(
         )
     tensors = (x, up_weight, up_bias, gate_weight, down_weight, down_bias)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    save = save or torch.jit.is_tracing()  # a trace may be run with gradients, wherever it was made
     return _ffn(*tensors, ACTIVATIONS.index(activation), save)[0]
 
 
