@@ -161,6 +161,31 @@ def test_trainer_packed(tmp_path):
     _assert_same_run(build)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_transforms_and_batched_gradients(name):
+    """Gradients of each sample by torch.func, and of several losses at once."""
+    plain = _model(name)
+    patched = copy.deepcopy(plain)
+    patch(patched)
+    ids = torch.randint(3, V, (2, 7))
+
+    def gradients(model):
+        def loss(parameters, row):
+            out = torch.func.functional_call(model, parameters, (), dict(input_ids=row[None], use_cache=False))
+            return out.logits.square().mean()
+
+        parameters = dict(model.named_parameters())
+        per_sample = [torch.func.grad(loss)({n: p.detach() for n, p in parameters.items()}, row) for row in ids]
+        logits = model(input_ids=ids, use_cache=False).logits
+        losses = torch.stack((torch.ones_like(logits), logits.detach()))
+        batched = torch.autograd.grad(logits, list(parameters.values()), losses, is_grads_batched=True)
+        return [*per_sample[0].values(), *per_sample[1].values(), *batched]
+
+    for ours, theirs in zip(gradients(patched), gradients(plain), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+
+
 def test_accelerate_mixed_precision():
     accelerate = pytest.importorskip("accelerate")
     ids = torch.randint(3, V, (2, 11))

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from llmfast import ops
 from llmfast.integrations.transformers.attention import attention_forward
 from llmfast.integrations.transformers.compat import given_cache, with_cache
-from llmfast.ops._native_op import overrides_torch
+from llmfast.ops._native_op import is_plain, overrides_torch
 
 __all__ = ["ACTIVATIONS", "REPLACEMENTS", "is_ours"]
 
@@ -92,7 +92,7 @@ def conv1d(self: Conv1D, x: Tensor) -> Tensor:
     if not _takes(x, weight, bias):
         return Conv1D.forward(self, x)
     trains = torch.is_grad_enabled() and weight.requires_grad and x.is_cpu
-    if torch.compiler.is_compiling() or not trains or torch.is_autocast_enabled(x.device.type):
+    if not trains or not (is_plain(x) and is_plain(weight)) or torch.is_autocast_enabled(x.device.type):
         return ops.linear(x, _weight(self, x), bias)
     return _Conv1D.apply(x, weight, bias)
 
@@ -114,7 +114,7 @@ class _Conv1D(torch.autograd.Function):
         d_x, _, d_bias = backward(grad, x, weight.t(), need_x, False, need_bias)
         d_weight = None
         if need_weight:  # x^T grad is the weight's gradient of a product of x and grad in each other's places
-            d_weight = backward(x.flatten(0, -2), grad.flatten(0, -2), weight, False, True, False)[1]
+            d_weight = backward(x, grad, weight, False, True, False)[1]
         return d_x if need_x else None, d_weight, d_bias if need_bias else None
 
 
