@@ -110,7 +110,8 @@ def test_one_pass_is_for_long_sequences(hopper, any_order):
     assert sums(2, 16, 16, 8192, 72) == sums(2, 16, 16, 8192, 128)
     assert sums(8, 16, 16, 4096, 128) and sums(4, 16, 16, 4096, 64)
     assert sums(4, 32, 8, 8192, 128) and sums(1, 32, 32, 16384, 64)
-    assert bool(sums(8, 16, 16, 2048, 128)) == bool(sums(8, 32, 8, 512, 128)) == any_order
+    assert bool(sums(8, 16, 16, 2048, 128)) == bool(sums(8, 32, 8, 2048, 128)) == any_order
+    assert not sums(16, 32, 4, 1024, 128)
     assert not any((sums(2, 16, 16, 8192, 128, left=255), sums(1, 1, 1, 8192, 128)))
     assert not any((sums(2, 16, 16, 8192, 256), sums(2, 16, 16, 8192, 128, softcap=30.0)))
 

@@ -13,6 +13,7 @@ import torch
 from conftest import assert_as_accurate
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import llmfast
 from llmfast import backend
@@ -631,3 +632,32 @@ def test_arguments_have_torchs_names():
 def test_public_names():
     for name in ("LayerNorm", "RMSNorm", "Linear", "MLP", "MultiheadAttention", "TransformerEncoderLayer"):
         assert name in llmfast.nn.__all__ and getattr(llmfast.nn, name).__doc__
+
+
+def flops_of(run) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def test_flop_counter_counts_as_in_torch():
+    """Forward and backward of modules, against torch's counts for the same modules."""
+    for module, x in (
+        (nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 7)), torch.randn(3, 5, 12)),
+        (nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), torch.randn(2, 8)),
+    ):
+        ours = copy.deepcopy(module)
+        assert convert_modules(ours)
+        for inputs in (x, x.clone().requires_grad_()):
+            expected = flops_of(lambda m=module, i=inputs: m(i).sum().backward())
+            assert flops_of(lambda m=ours, i=inputs: m(i).sum().backward()) == expected > 0
+    B, H, T, D, F, V = 2, 4, 6, 8, 24, 11
+    q, k, v = (torch.randn(B, n, T, D, requires_grad=True) for n in (H, 2, 2))
+    assert flops_of(lambda: llmfast.attention(q, k, v, causal=True).sum().backward()) == 2 * B * H * T * T * D * 7
+    rows, bounds = torch.randn(3, 7, 2, D), torch.tensor([0, 3, 7])
+    assert flops_of(lambda: llmfast.varlen_attention(*rows, bounds, bounds)) == 2 * 2 * (9 + 16) * D * 2
+    x, up, gate, down = (torch.randn(*s, requires_grad=True) for s in ((T, D), (F, D), (F, D), (D, F)))
+    gated = lambda: llmfast.ffn(x, up, None, down, None, activation="silu", gate_weight=gate)  # noqa: E731
+    assert flops_of(lambda: gated().sum().backward()) == 9 * 2 * T * D * F
+    weight, target = torch.randn(V, D, requires_grad=True), torch.randint(V, (T,))
+    assert flops_of(lambda: llmfast.linear_cross_entropy(x, weight, target).backward()) == 3 * 2 * T * D * V

@@ -301,7 +301,7 @@ void check_way() {
     CHECK(way(causal, 1000, free) == kernels && way(causal, 2048, free) == (free ? any_order : kernels));
     CHECK(way(causal, 4096, free) == best && way(causal, 16384, free) == best);
     CHECK(way(narrow, 1024, free) == kernels && way(narrow, 4096, free) == best && way(narrow, 16384, free) == best);
-    CHECK(way(grouped, 4096, free) == best && way(grouped, 256, free) == kernels);
+    CHECK(way(grouped, 4096, free) == best && way(grouped, 1024, free) == kernels);
     CHECK(way(full, 2048, free) == kernels && way(full, 4096, free) == in_turns && way(full, 8192, free) == in_turns);
     CHECK(way(window, 8192, free) == kernels && way(capped, 8192, free) == kernels);
     CHECK(way(small, 8192, free) == kernels && way(small, 16384, free) == best);

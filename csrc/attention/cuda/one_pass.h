@@ -20,6 +20,7 @@ constexpr int64_t kLeastTurnKeys = 4096;      // fewer: waiting for turns costs 
 constexpr double kLeastAnyOrderQueries = 1024;  // that see a key: the sums cost the same however few there are
 constexpr int64_t kLeastOnePassBlocks = 128;  // fewer leave multiprocessors idle, which grad_q's own kernel would use
 
+// Of one head: others that share the key make more of everything, sums included.
 inline double mean_queries_of_key(const AttentionParams& p) {
   constexpr int kSamples = 64;
   const Band band{static_cast<int>(p.Tq), static_cast<int>(p.Tk), p.left, p.right};
@@ -28,13 +29,13 @@ inline double mean_queries_of_key(const AttentionParams& p) {
     const Span seen = band.keys_of(static_cast<int>((2 * i + 1) * p.Tq / (2 * kSamples)));
     if (!seen.empty()) keys += static_cast<double>(seen.end - seen.begin) / kSamples;
   }
-  return keys * static_cast<double>(p.Tq) / static_cast<double>(p.Tk) * static_cast<double>(p.Hq / p.Hkv);
+  return keys * static_cast<double>(p.Tq) / static_cast<double>(p.Tk);
 }
 
 // Nearly causal, nearly without a mask, or neither.
 enum class Shape { triangle, full, band };
 inline Shape shape_of(const AttentionParams& p, double queries_of_key) {
-  const double all = static_cast<double>(p.Tq) * static_cast<double>(p.Hq / p.Hkv), part = queries_of_key / all;
+  const double part = queries_of_key / static_cast<double>(p.Tq);
   return part > 0.9 ? Shape::full : part > 0.45 && part < 0.6 ? Shape::triangle : Shape::band;
 }
 
