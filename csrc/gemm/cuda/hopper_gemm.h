@@ -12,7 +12,7 @@
 // Tiles are 128 x 256, their rows shared by both warpgroups, for plain epilogues; 128 x 128 in turns (ping-pong) for
 // those with much arithmetic, which then runs under the other warpgroup's products; 64 x 32 for up to 64 rows of some
 // (MayBeNarrow): the reading of B is all, and one warpgroup keeps up with it. Up to 232,448 bytes shared memory.
-// Registers (nvcc 13.0.88, highest in the SASS of 232): store 185, hidden 219, slopes 229; no spills.
+// Registers (nvcc 13.0.88, highest in the SASS of 232): store 185, hidden 220, slopes 229; no spills.
 //
 // Measured on an H100 80GB HBM3, 2026-11-26, benchmarks/native/hopper_gemm.cu, bf16, TFLOP/s (of cuBLAS's speed in the
 // same run): 8192x8192x8192 787 (1.01), 4096x4096x4096 757 (1.05), 65536x3072x768 698 (1.01), the same k,mn 696 (1.03).
