@@ -15,13 +15,13 @@
 // what is added is where the products start.
 //
 // Within a warpgroup the exponentials run under grad_out's products, and what makes weights gradients under grad_v's
-// product, or for grad_q its second half under the first half's product (Overlap in cuda/hopper_backward.h). In the one
-// pass grad_q's product of the step before and grad_k's follow, and the former's sums go on their way under the latter.
-// Registers of consumers: 229 of 232 at most. Bytes spilled, stores and loads (nvcc 13.0.88), kD 64 and 128: keys 200, a
-// dozen words a step of 128 queries, and 136, none in the loop; queries 0 and 168, of which one word a step, more on the
-// diagonal; one pass 168, in any order 192, and 0. With softcap: keys 68 and 204, queries 0 and 148. With a boolean mask: keys 396 and 520,
-// queries 156 and 272; with a floating one 396 and 916, 324 and 176: the producer's, and in tiles that read it. No
-// product is serialised.
+// product, or for grad_q its second half under the first half's product (Overlap in cuda/hopper_backward.h). In the
+// one pass grad_q's product of the step before and grad_k's follow, and the former's sums go on their way under the
+// latter. Registers of consumers: 229 of 232 at most. Bytes spilled, stores and loads (nvcc 13.0.88), kD 64 and 128:
+// keys 200, a dozen words a step of 128 queries, and 136, none in the loop; queries 0 and 168, of which one word a
+// step, more on the diagonal; one pass 168, in any order 192, and 0. With softcap: keys 68 and 204, queries 0 and 148.
+// With a boolean mask: keys 396 and 520, queries 156 and 272; with a floating one 396 and 916, 324 and 176: the
+// producer's, and in tiles that read it. No product is serialised.
 //
 // Measured: cuda/one_pass.h, for the ways that there are; benchmarks/LOG.md.
 #include "attention/attention_cuda.h"
