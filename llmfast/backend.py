@@ -217,7 +217,7 @@ def deterministic_sums(asked: bool = True) -> Iterator[None]:
     switch says; with ``asked=False`` they need not.
 
     It matters for one thing: the gradient of q for long sequences on Hopper GPUs, whose sums otherwise are added in an
-    order that varies, 5 to 25% faster. All else, and everything on CPUs, has a fixed order.
+    order that varies, some 4 to 24% faster. All else, and everything on CPUs, has a fixed order.
 
     Example:
         >>> with llmfast.backend.deterministic_sums():

@@ -1,4 +1,7 @@
-"""``attn_implementation="llmfast"`` against transformers' own attention, on tiny random models."""
+"""``attn_implementation="llmfast"`` against transformers' own attention, on tiny random models.
+
+One file above 500 lines: masks, caches, biases and sinks meet in one function, on the same few models.
+"""
 
 import subprocess
 import sys

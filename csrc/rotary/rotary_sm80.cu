@@ -118,7 +118,7 @@ void rotary_sm80(const RotaryParams& p, const Stream& stream) {
   const int threads = items < kMostThreads ? (items + kWarpSize - 1) / kWarpSize * kWarpSize : kMostThreads;
   const bool plain = o.D == 2 * half && half % kEight == 0 && o.x.aligned && o.out.aligned &&
                      o.x.dtype == o.out.dtype && TypedRows<DType::f32>::hold(o.cos) && TypedRows<DType::f32>::hold(o.sin);
-  const auto kernel = !plain                    ? rotary_kernel<AnyHeads>
+  const auto kernel = !plain                     ? rotary_kernel<AnyHeads>
                       : o.x.dtype == DType::bf16 ? rotary_kernel<PlainHeads<DType::bf16>>
                       : o.x.dtype == DType::f16  ? rotary_kernel<PlainHeads<DType::f16>>
                                                  : rotary_kernel<PlainHeads<DType::f32>>;

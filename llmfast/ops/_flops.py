@@ -17,20 +17,16 @@ def register() -> None:
         register_flop_formula(getattr(torch.ops.llmfast, name), get_raw=True)(formula)
 
 
-def _rows(shape: torch.Size) -> int:
-    return prod(shape[:-1])
-
-
 def _linear(x, weight, *_, **__) -> int:
-    return 2 * _rows(x) * prod(weight)
+    return 2 * prod(x[:-1]) * prod(weight)
 
 
 def _linear_backward(grad, x, weight, need_x, need_weight, *_, **__) -> int:
-    return 2 * _rows(x) * prod(weight) * (need_x + need_weight)
+    return _linear(x, weight) * (need_x + need_weight)
 
 
 def _ffn(x, up_weight, up_bias, gate_weight, *_, **__) -> int:
-    return 2 * _rows(x) * prod(up_weight) * (2 if gate_weight is None else 3)
+    return _linear(x, up_weight) * (2 if gate_weight is None else 3)
 
 
 def _ffn_backward(grad, x, up_weight, gate_weight, down_weight, up, gate, activation, needed, **_) -> int:
@@ -38,19 +34,15 @@ def _ffn_backward(grad, x, up_weight, gate_weight, down_weight, up, gate, activa
     need_x, need_up, need_up_bias, need_gate, need_down, _ = needed
     products = (need_x or need_up or need_up_bias or need_gate) + need_down  # hidden's gradient; down_weight's
     products += need_up + need_gate + need_x * (1 if gate_weight is None else 2)
-    return 2 * _rows(x) * prod(up_weight) * products
-
-
-def _loss(x, weight, *_, **__) -> int:
-    return 2 * _rows(x) * prod(weight)
+    return _linear(x, up_weight) * products
 
 
 def _loss_backward(grad, x, weight, target, lse, ignore_index, need_x, need_weight, **_) -> int:
-    return 2 * _rows(x) * prod(weight) * (need_x + need_weight)
+    return _linear(x, weight) * (need_x + need_weight)
 
 
 def _loss_and_gradients(x, weight, target, ignore_index, mean, need_x, need_weight, **_) -> int:
-    return 2 * _rows(x) * prod(weight) * (1 + need_x + need_weight)
+    return _linear(x, weight) * (1 + need_x + need_weight)
 
 
 def _attention(q, k, v, *_, **__) -> int:
@@ -82,7 +74,7 @@ _OF_SHAPES = {
     "linear_backward": _linear_backward,
     "ffn": _ffn,
     "ffn_backward": _ffn_backward,
-    "linear_cross_entropy": _loss,
+    "linear_cross_entropy": _linear,
     "linear_cross_entropy_backward": _loss_backward,
     "linear_cross_entropy_joint": _loss_and_gradients,
     "attention_forward": _attention,

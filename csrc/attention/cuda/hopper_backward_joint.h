@@ -20,11 +20,11 @@
 
 namespace llmfast::cuda {
 
-template <int kD_, int kQueries_, int kStages_, bool kOrdered_, Overlap kOverlap_ = Overlap::sums>
+template <int kD_, int kQueries_, int kStages_, bool kOrdered_>
 struct JointLayout {
   static constexpr int kD = kD_, kQueries = kQueries_, kStages = kStages_, kInspectors = 1;
   static constexpr bool kOrdered = kOrdered_, kDescends = kOrdered;
-  static constexpr Overlap kOverlap = kOverlap_;
+  static constexpr Overlap kOverlap = Overlap::sums;
   using Own = SlabTile<kOwnRows, kD>;
   using Other = SlabTile<kQueries, kD>;
   using Scores = SlabTile<kOwnRows, kQueries>;  // of keys and queries

@@ -42,8 +42,8 @@ inline Shape shape_of(const AttentionParams& p, double queries_of_key) {
 // Measured, H200, 2026-11-28, 16 heads, B x T = 16384, ms: two kernels, in turns (causal in sections of 528 blocks, else
 // of 264), any order.   causal, 128 dims: 2k 0.925, 0.925, 0.831; 4k 1.606, 1.466, 1.401; 8k 2.96, 2.65, 2.49; 16k 5.92,
 // 5.19, 5.01; four heads to a kv head 4k 3.30, 2.92, 2.82   full, 128 dims: 4k 2.71, 2.40, 2.64; 8k 5.63, 4.76, 5.05
-// causal, 64 dims: 1k 0.354, 0.404, 0.349; 4k 0.954, 0.882, 0.810; 16k 3.25, 3.15, 2.54. Not measured: full masks of 64
-// dims, windows of thousands of keys.
+// causal, 64 dims, in turns in sections of 264: 1k 0.354, 0.404, 0.349; 4k 0.954, 0.882, 0.810; 16k 3.25, 3.15, 2.54. Not
+// measured: full masks of 64 dims, windows of thousands of keys, 64 dims in sections of 528.
 inline BackwardWay backward_way(const AttentionParams& p) {
   if (p.first_q || p.mask.data || p.softcap > 0.0f || p.Tq == 0 || p.Tk == 0) return BackwardWay::kernels;
   const int64_t from = one_pass_from.load(std::memory_order_relaxed);
