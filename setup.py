@@ -63,8 +63,9 @@ TARGET_FLAGS = {
     "avx512": AVX512_FLAGS,
     "avx512bf16": AVX512BF16_FLAGS,
     "amx": AMX_FLAGS,
+    "amx_split": AMX_FLAGS,
 }
-EMULATED_TARGETS = ("avx512", "avx512bf16", "amx")
+EMULATED_TARGETS = ("avx512", "avx512bf16", "amx", "amx_split")
 if EMULATE:
     TARGET_FLAGS.update({target: [*EMULATED_FLAGS, "-DLLMFAST_WIDTH=512"] for target in EMULATED_TARGETS})
 
@@ -75,7 +76,8 @@ SANITIZED = ("base", "ref", "avx2", *(EMULATED_TARGETS if EMULATE else []))
 SUFFIX_TARGETS = {
     "_vec": ["ref", "avx2", "avx512"],  # written against simd/vec.h only
     "_round": ["ref", "avx2", "avx512", "avx512bf16"],  # the same, where rounding to bf16 is much of the work
-    "_mm": ["ref", "avx2", "avx512", "avx512bf16", "amx"],  # also uses the GEMM core, which has kernels for bf16
+    # also uses the GEMM core, which has kernels for bf16, and for float32 as the sum of two bf16
+    "_mm": ["ref", "avx2", "avx512", "avx512bf16", "amx", "amx_split"],
     "_bf16": ["avx512bf16", "amx"],  # multiplies blocks of bf16
 }
 

@@ -30,6 +30,7 @@ __all__ = [
     "fallbacks",
     "fastest_dtype",
     "force",
+    "get_float32_matmul_precision",
     "implementations",
     "info",
     "keep_freed_memory",
@@ -37,6 +38,7 @@ __all__ = [
     "native_cuda",
     "native_for",
     "ops",
+    "set_float32_matmul_precision",
     "stream_of",
     "why_not_native",
 ]
@@ -150,6 +152,32 @@ def fastest_dtype(device: torch.device | None = None) -> str:
     return "bfloat16" if on_gpu or ISAS.index(native().active_isa()) >= ISAS.index("avx512bf16") else "float32"
 
 
+def set_float32_matmul_precision(precision: str) -> None:
+    """How exactly `linear`, `ffn` and `linear_cross_entropy`, and all modules made of them, multiply float32 matrices on
+    the processor, forward and backward, in the whole process.
+
+    ``"highest"``, the default: in float32. ``"high"``: on AMX each value as the sum of two bfloat16 (about 16 bits of its
+    mantissa), summed in float32: three products of bfloat16 in place of one of float32, with an error below 1e-5 of the
+    largest result. Infinities, and values beyond 3.39e38, become NaN, and halves of values that are subnormal count as
+    zero. With few rows, on other processors and on GPUs it changes nothing. Attention is always in float32.
+    torch's setting of this name, which is about its own products, is not read.
+
+    Raises:
+        ValueError: `precision` is neither.
+
+    Example:
+        >>> llmfast.backend.set_float32_matmul_precision("high")
+    """
+    if precision not in ("highest", "high"):
+        raise ValueError(f"precision: got {precision!r}, expected 'highest' or 'high'")
+    native().split_float32(precision == "high")
+
+
+def get_float32_matmul_precision() -> str:
+    """``"highest"`` or ``"high"``; see `set_float32_matmul_precision`."""
+    return "high" if native().float32_is_split() else "highest"
+
+
 def keep_freed_memory() -> bool:
     """Makes this process's allocator keep freed memory instead of returning it to the system.
 
@@ -180,7 +208,8 @@ def ops() -> list[str]:
 def implementations(op: str) -> list[dict]:
     """The dispatch table of `op`: the CPU's rows, best first, then the GPU's (``sm90a``, ``sm80``) if they were built.
 
-    Each row has ``isa``, ``dtypes`` (names), ``available``, ``why_not`` (empty if available) and ``calls`` so far.
+    Each row has ``isa``, ``dtypes`` (names), ``available``, ``why_not`` (empty if available) and ``calls`` so far. The row
+    ``amx_split`` is there on request: see `set_float32_matmul_precision`.
 
     Raises:
         ValueError: there is no native op of that name; see `ops`.

@@ -17,7 +17,7 @@ import pytest
 from llmfast import backend
 
 ROOT = Path(__file__).resolve().parents[1]
-TARGETS = ("base", "ref", "avx2", "avx512", "avx512bf16", "amx")
+TARGETS = ("base", "ref", "avx2", "avx512", "avx512bf16", "amx", "amx_split")
 YMM, ZMM, TILE, BF16 = r"%ymm", r"%zmm|%k[0-7]\b", r"%tmm|\b(ldtilecfg|tilerelease)\b", r"\bv\w*bf16\w*\b"
 FORBIDDEN = {
     "base": [YMM, ZMM, TILE, BF16],
@@ -26,6 +26,7 @@ FORBIDDEN = {
     "avx512": [TILE, BF16],
     "avx512bf16": [TILE],
     "amx": [],
+    "amx_split": [],
 }
 
 
@@ -71,7 +72,7 @@ def test_weak_symbols_name_their_target(objects, target):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_instructions_belong_to_their_target(objects, target):
-    emulated = backend.native().emulated and target in ("avx512", "avx512bf16", "amx")
+    emulated = backend.native().emulated and target in TARGETS[3:]
     forbidden = FORBIDDEN["avx2" if emulated else target]
     pattern = re.compile("|".join(forbidden) or "no instruction is forbidden")
 
@@ -87,7 +88,10 @@ def test_instructions_belong_to_their_target(objects, target):
 AMX_INSTRUCTIONS = ("ldtilecfg", "tileloaddt1", "tileloadd", "tdpbf16ps", "tilestored", "tilerelease")
 
 
-@pytest.mark.parametrize(("target", "instructions"), [("avx512bf16", ("vdpbf16ps",)), ("amx", AMX_INSTRUCTIONS)])
+@pytest.mark.parametrize(
+    ("target", "instructions"),
+    [("avx512bf16", ("vdpbf16ps",)), *((target, AMX_INSTRUCTIONS) for target in ("amx", "amx_split"))],
+)
 def test_bf16_objects_multiply_bf16(objects, target, instructions):
     if not objects[target]:
         assert sysconfig.get_platform() != "linux-x86_64"

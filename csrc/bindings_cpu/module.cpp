@@ -20,10 +20,12 @@ static py::list implementations(const std::string& op) {
       for (DType dtype : {DType::f32, DType::bf16, DType::f16})
         if (row.dtypes & set_of(dtype)) dtypes.append(name_of(dtype));
       py::dict entry;
-      entry["isa"] = name_of(row.isa);
+      const bool requested = !row.requested || row.requested();
+      const std::string why_not = why_unavailable(row.isa);
+      entry["isa"] = row.name;
       entry["dtypes"] = dtypes;
-      entry["available"] = row.isa <= active_isa();
-      entry["why_not"] = why_unavailable(row.isa);
+      entry["available"] = row.isa <= active_isa() && requested;
+      entry["why_not"] = why_not.empty() && !requested ? "only on request" : why_not;
       entry["calls"] = row.calls->load();
       rows.append(entry);
     }
@@ -58,6 +60,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("max_threads", [] { return omp_get_max_threads(); });
   m.def("workspace_bytes", &workspace_total_bytes);
   m.def("keep_freed_memory", &keep_freed_memory);
+  m.def("float32_is_split", &float32_is_split);
+  m.def("split_float32", &split_float32);
   m.def("ask_for_large_pages", &prepare);
   bind_ops(m);
   bind_block(m);

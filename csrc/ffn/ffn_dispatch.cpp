@@ -3,9 +3,9 @@
 namespace llmfast {
 namespace {
 
-const DispatchTable<FfnParams> kForward("ffn", {LLMFAST_BF16_AND_VEC_ROWS(ffn_forward, nullptr)});
+const DispatchTable<FfnParams> kForward("ffn", {LLMFAST_MM_ROWS(ffn_forward)});
 
-const DispatchTable<FfnBackwardParams> kBackward("ffn_backward", {LLMFAST_BF16_AND_VEC_ROWS(ffn_backward, nullptr)});
+const DispatchTable<FfnBackwardParams> kBackward("ffn_backward", {LLMFAST_MM_ROWS(ffn_backward)});
 
 }  // namespace
 

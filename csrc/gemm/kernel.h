@@ -38,6 +38,8 @@ struct TileSums {
 
 #if defined(LLMFAST_TARGET_AMX)
 #include "gemm/kernel_amx.h"
+#elif defined(LLMFAST_TARGET_AMX_SPLIT)
+#include "gemm/kernel_amx_split.h"
 #elif defined(LLMFAST_TARGET_AVX512BF16)
 #include "gemm/kernel_bf16.h"
 #else

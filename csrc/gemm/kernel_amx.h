@@ -7,7 +7,7 @@
 // cycles, in which the vector units run the previous tile's epilogue.
 #pragma once
 #include "gemm/pack_bf16.h"
-#include "simd/tile_amx.h"
+#include "gemm/sums_amx.h"
 #include "simd/vec.h"
 
 namespace llmfast::LLMFAST_TARGET {
@@ -84,33 +84,8 @@ struct Kernel {
   }
 
  private:
-  static constexpr int kSum = 0, kA = 4, kB = 6;  // tile numbers: 0-3 sums by rows, 4-5 of A, 6-7 of B
-  static constexpr int64_t kMostLines = 8;        // prefetched a step: fill buffers are few, and tile loads need them
-
-  static void load_sums(const float* c, int64_t ldc) {
-    if (!c) {
-      tile_zero<kSum>();
-      tile_zero<kSum + 1>();
-      tile_zero<kSum + 2>();
-      tile_zero<kSum + 3>();
-      return;
-    }
-    const int64_t stride = ldc * int64_t{sizeof(float)};
-    const float* lower = c + kTileRows * ldc;
-    tile_stream_load<kSum>(c, stride);
-    tile_stream_load<kSum + 1>(c + kTileRows, stride);
-    tile_stream_load<kSum + 2>(lower, stride);
-    tile_stream_load<kSum + 3>(lower + kTileRows, stride);
-  }
-
-  static void store_sums(float* c, int64_t ldc) {
-    const int64_t stride = ldc * int64_t{sizeof(float)};
-    float* lower = c + kTileRows * ldc;
-    tile_store<kSum>(c, stride);
-    tile_store<kSum + 1>(c + kTileRows, stride);
-    tile_store<kSum + 2>(lower, stride);
-    tile_store<kSum + 3>(lower + kTileRows, stride);
-  }
+  static constexpr int kA = 4, kB = 6;      // tile numbers: 4-5 of A, 6-7 of B, beside the sums in 0-3
+  static constexpr int64_t kMostLines = 8;  // prefetched a step: fill buffers are few, and tile loads need them
 };
 
 }  // namespace llmfast::LLMFAST_TARGET

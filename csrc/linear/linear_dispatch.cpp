@@ -3,10 +3,10 @@
 namespace llmfast {
 namespace {
 
-const DispatchTable<LinearParams> kForward("linear", {LLMFAST_BF16_AND_VEC_ROWS(linear_forward, nullptr)});
+const DispatchTable<LinearParams> kForward("linear", {LLMFAST_MM_ROWS(linear_forward)});
 
 const DispatchTable<LinearBackwardParams> kBackward("linear_backward",{
-    LLMFAST_BF16_AND_VEC_ROWS(linear_backward, nullptr)});
+    LLMFAST_MM_ROWS(linear_backward)});
 
 }  // namespace
 

@@ -8,13 +8,13 @@ namespace llmfast {
 namespace {
 
 const DispatchTable<LinearCrossEntropyParams> kForward("linear_cross_entropy",{
-    LLMFAST_BF16_AND_VEC_ROWS(linear_cross_entropy_forward, nullptr)});
+    LLMFAST_MM_ROWS(linear_cross_entropy_forward)});
 
 const DispatchTable<LinearCrossEntropyBackwardParams> kBackward("linear_cross_entropy_backward",{
-    LLMFAST_BF16_AND_VEC_ROWS(linear_cross_entropy_backward, nullptr)});
+    LLMFAST_MM_ROWS(linear_cross_entropy_backward)});
 
 const DispatchTable<LinearCrossEntropyJointParams> kJoint("linear_cross_entropy_joint",{
-    LLMFAST_BF16_AND_VEC_ROWS_OF(linear_cross_entropy_joint, nullptr, kF32 | kBF16)});
+    LLMFAST_MM_ROWS_OF(linear_cross_entropy_joint, kF32 | kBF16)});
 
 void check_targets(const TensorView& target, int64_t V, int64_t ignore_index) {
   const auto* values = target.as<const int64_t>();

@@ -42,7 +42,7 @@ struct Vec {
   void stream(fp16* p) const { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_fp16(v)); }
 
   static __m512 widen_bf16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
-#if defined(LLMFAST_TARGET_AVX512BF16) || defined(LLMFAST_TARGET_AMX)
+#if defined(LLMFAST_TARGET_AVX512BF16) || defined(LLMFAST_TARGET_AMX) || defined(LLMFAST_TARGET_AMX_SPLIT)
   static __m256i narrow_bf16(__m512 x) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)); }
 #else
   // Round to nearest even by adding 0x7fff plus the lowest kept bit; a NaN is made quiet instead.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -63,6 +63,7 @@ class Work:
     flops: float
     values: float  # elements that must be read or written
     natives: tuple[str, ...]  # its dispatch tables
+    precision: str = "highest"  # of llmfast's float32 products
 
 
 def _contest(work: Work, dtype: torch.dtype, options: Options) -> Contest:
@@ -72,9 +73,10 @@ def _contest(work: Work, dtype: torch.dtype, options: Options) -> Contest:
     }
     exact_inputs = {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
     ours = functools.partial(getattr(ops, work.op), **work.call)
-    providers: dict[str, Provider | str] = {"llmfast": Provider(Function(ours, inputs, work.direction), ours=True)}
+    own = functools.partial(Provider, Function(ours, inputs, work.direction), precision=work.precision, ours=True)
+    providers: dict[str, Provider | str] = {"llmfast": own()}
     for isa in _lower_isas(work.natives, dtype) if options.all_isas else []:
-        providers[f"llmfast {isa}"] = Provider(Function(ours, inputs, work.direction), isa=isa, ours=True)
+        providers[f"llmfast {isa}"] = own(isa=isa)
 
     peers = peers_of(work.op, work.call, dtype)
     baseline = next(iter(peers))
@@ -102,7 +104,7 @@ def case_of(work: Work, dtype: torch.dtype, options: Options) -> Case:
         moved=int(work.values * dtype.itemsize),
         build=lambda: _contest(work, dtype, options),
         memory=work.op in ("attention", "linear_cross_entropy", "ffn") and options.size == "full",
-        options=_shown(work.call),
+        options=_shown(work.call) | ({"precision": work.precision} if work.precision != "highest" else {}),
     )
 
 
@@ -257,6 +259,11 @@ def _work(op: str, size: Size) -> list[Work]:
     raise ValueError(f"op: got {op!r}, expected one of {', '.join(OPS)}")
 
 
+def _less_precise(op: str, size: Size) -> list[Work]:
+    """The sizes that halves of bfloat16 are worth while for: more than a few rows."""
+    return [replace(work, precision="high") for work in _work(op, size) if work.dims["M"] > 16 or size == "smoke"]
+
+
 def _adamw_case(dtype: torch.dtype, options: Options) -> Case:
     """All tensors of a GPT in one step. Correctness: 3 steps of a few odd shapes, because the first alone hides `v`."""
     preset = {"full": "gpt2", "quick": "gpt-mini", "smoke": "gpt-nano"}[options.size]
@@ -334,6 +341,8 @@ def cases(
         for op in wanted:
             if op != "AdamW":
                 found += [case_of(work, dtype, options) for work in _work(op, options.size)]
+                if op in ("linear", "ffn") and dtype == torch.float32 and backend.native().active_isa() == "amx":
+                    found += [case_of(work, dtype, options) for work in _less_precise(op, options.size)]
             elif dtype == torch.float32:  # torch keeps no float32 copy of narrow parameters: nothing to compare with
                 found.append(_adamw_case(dtype, options))
     return found

@@ -12,7 +12,7 @@ import contextlib
 import gc
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -36,6 +36,7 @@ class Provider:
         check: returns the results to hold against the oracle; default: `run` does.
         slack: allowed error, in errors of the baseline. More than 2 only for peers that trade accuracy for speed.
         isa: instruction set to force while it runs.
+        precision: of float32 products while it runs (`backend.set_float32_matmul_precision`).
         compiles: the first call compiles, so the second one counts as the first.
         ours: whether it is llmfast.
     """
@@ -44,14 +45,22 @@ class Provider:
     check: Callable[[], Tensors] | None = None
     slack: float = 2.0
     isa: str | None = None
+    precision: str = "highest"
     compiles: bool = False
     ours: bool = False
 
     def results(self) -> Tensors:
         return (self.check or self.run)()
 
-    def forced(self) -> contextlib.AbstractContextManager:
-        return backend.force(self.isa) if self.isa else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def forced(self) -> Iterator[None]:
+        before = backend.get_float32_matmul_precision()
+        backend.set_float32_matmul_precision(self.precision)
+        try:
+            with backend.force(self.isa) if self.isa else contextlib.nullcontext():
+                yield
+        finally:
+            backend.set_float32_matmul_precision(before)
 
 
 @dataclass(frozen=True)
