@@ -58,7 +58,7 @@ def attention(draw: random.Random) -> Work:
     kind = draw.choice(("full", "causal", "causal", "window", "padding", "few queries"))
     B, Tq = draw.randint(1, 8), Tk
     if kind == "few queries":
-        return cases.attention(B, Hkv * group, Hkv, min(Tk, draw.randint(1, 9)), Tk, D, "forward", causal=True)
+        return cases.attention(B, Hkv * group, Hkv, min(Tk, draw.randint(1, 9)), Tk, D, direction, causal=True)
     call: dict = {"causal": kind in ("causal", "window")}
     if kind == "window":
         call["window"] = draw.randint(1, max(1, Tk // 2))

@@ -439,7 +439,7 @@ def threads():
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_any_number_of_threads(threads, count):
     threads(count)
-    for shape in ((1, 2, 1, 200, 260, 32), (2, 6, 3, 90, 90, 32), (1, 4, 1, 1, 2000, 64)):
+    for shape in ((1, 2, 1, 200, 260, 32), (2, 6, 3, 90, 90, 32), (1, 4, 1, 1, 2000, 64), (2, 3, 3, 2, 900, 24)):
         tensors = make(*shape)
         check(tensors, causal=True)
         grad = torch.randn(tensors[0].shape)
@@ -519,15 +519,48 @@ def test_a_mask_that_learns_runs_in_torch():
     assert backend.fallbacks()["attention: a mask that requires a gradient"] == before + 1
 
 
-@pytest.mark.parametrize(("Tq", "table"), [(2, "attention_decode"), (5, "attention")])
-def test_rows_are_counted(isa, Tq, table):
+TABLES = ("attention", "attention_decode", "attention_backward", "attention_decode_backward")
+
+
+@pytest.mark.parametrize(
+    ("Tq", "D", "dtype", "forward", "backward"),
+    [
+        (2, 8, torch.bfloat16, "attention_decode", "attention_decode_backward"),
+        (2, 64, torch.float32, "attention_decode", "attention_decode_backward"),
+        (2, 64, torch.bfloat16, "attention_decode", "attention_backward"),  # where there are products of bf16
+        (5, 8, torch.bfloat16, "attention", "attention_backward"),
+        (5, 64, torch.bfloat16, "attention", "attention_backward"),
+    ],
+)
+def test_rows_are_counted(isa, Tq, D, dtype, forward, backward):
     def calls():
-        return {row["isa"]: row["calls"] for row in backend.implementations(table)}
+        return {(table, row["isa"]): row["calls"] for table in TABLES for row in backend.implementations(table)}
 
     before = calls()
-    attention(*make(1, 4, 1, Tq, 20, 8))
+    tensors = [t.requires_grad_() for t in make(1, 4, 1, Tq, 20, D, dtype=dtype)]
+    attention(*tensors).sum().backward()
     changed = {name: n - before[name] for name, n in calls().items() if n != before[name]}
-    assert changed == {min(isa, "avx512", key=backend.ISAS.index): 1}
+    vector = min(isa, "avx512", key=backend.ISAS.index)
+    of_blocks = isa if dtype == torch.bfloat16 and D >= 16 else vector
+    if of_blocks == vector and Tq == 2:
+        backward = "attention_decode_backward"
+    expected = {(forward, of_blocks if forward == "attention" else vector): 1}
+    expected[backward, of_blocks if backward == "attention_backward" else vector] = 1
+    assert changed == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", range(1, 9))
+def test_few_rows(isa, rows, dtype):
+    """Blocks of 128 keys, and keys that threads share."""
+    for Tk, options in (
+        (1, {}),
+        (7, {"causal": True}),
+        (129, {"softcap": 2.0}),
+        (700, {"window": (260, 3), "causal": True}),
+    ):
+        check(make(2, rows, 1, 1, Tk, 20, 36, dtype=dtype), **options)
+        check(make(1, 2, 2, rows, Tk, 33, 17, dtype=dtype), **options)
 
 
 @pytest.mark.parametrize("far", [2**62, 2**63 - 1, 2**70])

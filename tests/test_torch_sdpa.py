@@ -43,7 +43,10 @@ def calls(table="attention"):
 
 
 def native_calls():
-    return calls("attention") + calls("attention_decode"), calls("attention_backward")
+    return (
+        calls("attention") + calls("attention_decode"),
+        calls("attention_backward") + calls("attention_decode_backward"),
+    )
 
 
 def with_gradients(function, tensors, grad, **options):

@@ -80,6 +80,7 @@ void attention_backward(const AttentionArguments& arguments, const AttentionGrad
 LLMFAST_DECLARE_VEC(void attention_forward(const AttentionParams&))
 LLMFAST_DECLARE_VEC(void attention_decode(const AttentionParams&))  // Tq * Hq / Hkv <= kDecodeRows
 LLMFAST_DECLARE_VEC(void attention_backward(const AttentionBackwardParams&))
+LLMFAST_DECLARE_VEC(void attention_decode_backward(const AttentionBackwardParams&))  // likewise
 LLMFAST_DECLARE_BF16(void attention_forward(const AttentionParams&))
 LLMFAST_DECLARE_BF16(void attention_backward(const AttentionBackwardParams&))
 

@@ -10,91 +10,15 @@
 //
 // Memory: kDecodeRows x kBlock scores; kDecodeRows x (Dv + 2) partial results an item.
 // Limits: Tq * Hq / Hkv <= kDecodeRows.
-#include "attention/operands.h"
+#include "attention/few_rows.h"
 #include "attention/schedule.h"
-#include "attention/softmax.h"
 #include "core/workspace.h"
-#include "gemm/few_rows.h"
 
 namespace llmfast::LLMFAST_TARGET {
 namespace {
 
-constexpr int64_t kBlock = 128;
 constexpr int64_t kFewKeys = 16;     // whose values are fetched while their scores are computed
 constexpr int64_t kLeastKeys = 256;  // fewer are not worth an item of their own
-static_assert(kBlock % Vec::kLanes == 0);
-
-// Calls body(first row, Count<n>) so that counts of 4, and 3, 2 or 1 at the end, cover `rows`.
-template <int kCount>
-struct Count {
-  static constexpr int value = kCount;
-};
-template <class Body>
-inline void for_row_blocks(int64_t rows, const Body& body) {
-  int64_t row = 0;
-  for (; row + 4 <= rows; row += 4) body(row, Count<4>{});
-  switch (rows - row) {
-    case 3: return body(row, Count<3>{});
-    case 2: return body(row, Count<2>{});
-    case 1: return body(row, Count<1>{});
-  }
-}
-
-// Keys of a block by number, so that hidden ones are stepped over.
-struct KeyList {
-  int count = 0;
-  int key[kBlock];
-};
-
-// acc[r] = acc[r] * keep[r] + sum over listed keys of weights[r][key] * values[key], for kVecs registers of head dims.
-template <int kRows, int kVecs, class T, class LastLanes>
-inline void weigh_columns(const float* weights, const float* keep, const KeyList& list, const T* values, int64_t stride,
-                          float* acc, int64_t acc_stride, LastLanes last) {
-  constexpr int kL = Vec::kLanes;
-  Vec sum[kRows][kVecs];
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) sum[r][v] = Vec::zero();
-  for (int i = 0; i < list.count; ++i) {
-    const T* row = values + list.key[i] * stride;
-    Vec weight[kRows];
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) weight[r] = Vec::set(weights[r * kBlock + list.key[i]]);
-#pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) {
-      const Vec x = v + 1 < kVecs ? Vec::load(row + v * kL) : last.load(row + v * kL);
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) sum[r][v] = fma(weight[r], x, sum[r][v]);
-    }
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) {
-      float* at = acc + r * acc_stride + v * kL;
-      fma(Vec::load(at), Vec::set(keep[r]), sum[r][v]).store(at);
-    }
-}
-
-// All Dv head dims of kRows rows; eight or, at the end, four independent sums at a time hide the latency of fma (twelve of
-// three rows, or values would be passed over more often than for two rows and one).
-template <int kRows, class T>
-inline void weigh_values(const float* weights, const float* keep, const KeyList& list, const T* values, int64_t stride,
-                         int64_t Dv, float* acc, int64_t acc_stride) {
-  int64_t d = 0;
-  const auto whole = [&](auto count) {
-    constexpr int kVecs = decltype(count)::value, kStep = kVecs * Vec::kLanes;
-    for (; d + kStep <= Dv; d += kStep)
-      weigh_columns<kRows, kVecs>(weights, keep, list, values + d, stride, acc + d, acc_stride, AllLanes{});
-  };
-  whole(Count<kRows == 3 ? 4 : 8 / kRows>{});
-  whole(Count<4 / kRows>{});
-  for_each_vec(Dv - d, [&](int64_t i, auto lanes) {
-    weigh_columns<kRows, 1>(weights, keep, list, values + d + i, stride, acc + d + i, acc_stride, lanes);
-  });
-}
-
 // One item's results: rows of acc (Dv padded to registers), their maxima and sums.
 struct Partial {
   float *acc, *highest, *sum;
@@ -141,30 +65,14 @@ class DecodeItem {
       });
     }
     float keep[kDecodeRows];
-    bool all_see_all = !p_.mask.data;
     for (int64_t r = 0; r < g_.rows; ++r) {
-      const KeyRange seen = g_.keys_of(r);
-      all_see_all = all_see_all && seen.begin <= block.begin && seen.end >= block.end;
-      hide(scores_ + r * kBlock, r, block, seen);
-      keep[r] = soften(scores_ + r * kBlock, block.count(), r);
+      float* scores = scores_ + r * kBlock;
+      if (scale_.of_tanh != 0.0f) cap(scores, block.count(), scale_.of_tanh);
+      hide(scores, g_, r, block);
+      keep[r] = soften(scores, block.count(), r);
     }
-    KeyList everyone, someone;
-    if (all_see_all) everyone = first_keys(block.count());
-    else sort_keys(block.count(), &everyone, &someone);
-    for_row_blocks(g_.rows, [&](int64_t r, auto count) {
-      weigh_values<decltype(count)::value>(scores_ + r * kBlock, keep + r, everyone, values, p_.v.token_stride, p_.Dv,
-                                           partial_.acc + r * partial_.stride, partial_.stride);
-    });
-    for (int i = 0; i < someone.count; ++i)
-      for (int64_t r = 0; r < g_.rows; ++r) {
-        const float weight = scores_[r * kBlock + someone.key[i]];
-        const T* row = values + someone.key[i] * p_.v.token_stride;
-        float* acc = partial_.acc + r * partial_.stride;
-        if (weight == 0.0f) continue;
-        for_each_vec(p_.Dv, [&](int64_t d, auto lanes) {
-          fma(Vec::set(weight), lanes.load(row + d), Vec::load(acc + d)).store(acc + d);
-        });
-      }
+    add_weighed(scores_, scores_, keep, keys_seen(g_, block, scores_), values, p_.v.token_stride, g_.rows, p_.Dv,
+                partial_.acc, partial_.stride);
   }
 
   void prefetch_rows(const T* rows, int64_t stride, int64_t count) const {
@@ -173,32 +81,15 @@ class DecodeItem {
       for (int64_t d = 0; d < p_.Dv; d += kLine) __builtin_prefetch(rows + j * stride + d);
   }
 
-  // Softcap, mask and band for one row of scores; hidden ones become -inf.
-  void hide(float* scores, int64_t row, KeyRange block, KeyRange seen) {
-    const int64_t count = block.count();
-    if (scale_.of_tanh != 0.0f)
-      for (int64_t j = 0; j < count; j += Vec::kLanes)
-        (tanh_of(Vec::load(scores + j)) * Vec::set(scale_.of_tanh)).store(scores + j);
-    if (p_.mask.data) {
-      float bias[kBlock];
-      load_mask_row(bias, g_, row, block.begin, count);
-      for (int64_t j = 0; j < count; ++j) scores[j] = bias[j] == -kInfinity ? -kInfinity : scores[j] + bias[j];
-    }
-    for (int64_t j = 0; j < count && block.begin + j < seen.begin; ++j) scores[j] = -kInfinity;
-    for (int64_t j = seen.end > block.begin ? seen.end - block.begin : 0; j < count; ++j) scores[j] = -kInfinity;
-  }
-
   // scores -> 2^(score - maximum), 0 where hidden; returns the factor for what was summed before.
   float soften(float* scores, int64_t count, int64_t row) {
     const Vec hidden = Vec::set(-kInfinity);
-    const int64_t padded = rounded_up(count, Vec::kLanes);
-    for (int64_t j = count; j < padded; ++j) scores[j] = -kInfinity;
     const float before = partial_.highest[row];
     Vec top = Vec::set(before);
-    for (int64_t j = 0; j < padded; j += Vec::kLanes) top = max(Vec::load(scores + j), top);
+    for (int64_t j = 0; j < count; j += Vec::kLanes) top = max(Vec::load(scores + j), top);
     const float now = reduce_max(top);
     Vec total = Vec::zero();
-    for (int64_t j = 0; j < padded; j += Vec::kLanes) {
+    for (int64_t j = 0; j < count; j += Vec::kLanes) {
       const Vec s = Vec::load(scores + j);
       const Vec weight = select(eq(s, hidden), Vec::zero(), exp2_of_gap(s - Vec::set(now)));
       weight.store(scores + j);
@@ -209,24 +100,6 @@ class DecodeItem {
     partial_.highest[row] = now;
     partial_.sum[row] = partial_.sum[row] * keep[0] + reduce_add(total);
     return keep[0];
-  }
-
-  static KeyList first_keys(int64_t count) {
-    KeyList list;
-    for (int64_t j = 0; j < count; ++j) list.key[j] = static_cast<int>(j);
-    list.count = static_cast<int>(count);
-    return list;
-  }
-
-  // Keys that every row sees, and keys that only some do; their values may be NaN for the others.
-  void sort_keys(int64_t count, KeyList* everyone, KeyList* someone) const {
-    for (int64_t j = 0; j < count; ++j) {
-      int64_t rows = 0;
-      for (int64_t r = 0; r < g_.rows; ++r) rows += scores_[r * kBlock + j] != 0.0f;
-      if (rows == 0) continue;
-      KeyList* list = rows == g_.rows ? everyone : someone;
-      list->key[list->count++] = static_cast<int>(j);
-    }
   }
 
   const HeadGroup& g_;

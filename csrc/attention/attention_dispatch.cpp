@@ -10,7 +10,7 @@ namespace {
 
 // Narrower heads would be mostly padding, and float32 does them as well: nearly all their work is the softmax.
 template <class Params>
-[[maybe_unused]] bool fits_blocks(const Params& p) {
+bool fits_blocks(const Params& p) {
   const auto fits = [](int64_t dim) { return dim >= kLeastBlockHeadDim && dim <= kMostBlockHeadDim; };
   return fits(p.D) && fits(p.Dv);
 }
@@ -20,6 +20,16 @@ const DispatchTable<AttentionParams> kForward("attention", {
 const DispatchTable<AttentionParams> kDecode("attention_decode", {LLMFAST_VEC_ROWS(attention_decode, kAllFloat)});
 const DispatchTable<AttentionBackwardParams> kBackward("attention_backward", {
     LLMFAST_BF16_AND_VEC_ROWS(attention_backward, fits_blocks)});
+const DispatchTable<AttentionBackwardParams> kDecodeBackward("attention_decode_backward", {
+    LLMFAST_VEC_ROWS(attention_decode_backward, kAllFloat)});
+
+template <class Params>
+bool has_few_rows(const Params& p) { return p.Tq * (p.Hq / p.Hkv) <= kDecodeRows; }
+
+// Blocks of bf16, five products of them, are fast enough that rows which are not there do not matter.
+bool fills_blocks(const AttentionBackwardParams& p) {
+  return p.q.dtype == DType::bf16 && active_isa() >= Isa::avx512bf16 && fits_blocks(p);
+}
 
 // Token offsets of packed sequences as int64, which the params point to.
 struct Offsets {
@@ -64,14 +74,14 @@ void with_offsets(const AttentionArguments& a, Params p, const Run& run) {
 void attention_forward(const AttentionArguments& arguments) {
   with_offsets(arguments, checked_attention(arguments), [&](const AttentionParams& p) {
     if (p.B == 0 || p.Hq == 0 || p.Tq == 0) return;
-    (p.Tq * (p.Hq / p.Hkv) <= kDecodeRows ? kDecode : kForward)(p.q.dtype, p);
+    (has_few_rows(p) ? kDecode : kForward)(p.q.dtype, p);
   });
 }
 
 void attention_backward(const AttentionArguments& arguments, const AttentionGradients& gradients) {
   with_offsets(arguments, checked_attention(arguments, gradients), [&](const AttentionBackwardParams& p) {
     if (p.B == 0 || p.Hkv == 0 || p.Hq == 0) return;
-    kBackward(p.q.dtype, p);
+    (has_few_rows(p) && !fills_blocks(p) ? kDecodeBackward : kBackward)(p.q.dtype, p);
   });
 }
 
