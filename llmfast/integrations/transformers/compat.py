@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import masking_utils
 from transformers.masking_utils import and_masks, packed_sequence_mask_function
 
-__all__ = ["closure", "given_cache", "is_and", "packed_pattern", "require_supported", "with_cache"]
+__all__ = ["CACHE_NAMES", "closure", "given_cache", "is_and", "packed_pattern", "require_supported", "with_cache"]
 
 _AND = and_masks().__code__
 _PACKED = packed_sequence_mask_function(None).__code__
@@ -60,13 +60,13 @@ def packed_pattern(mask_function: Callable) -> tuple[Callable, Tensor] | None:
     return pattern, closure(packed)["packed_sequence_mask"]
 
 
-_CACHE_NAMES = ("cache", "past_key_values", "layer_past")
+CACHE_NAMES = ("cache", "past_key_values", "layer_past")
 _cache_name_of: dict[type[nn.Module], str | None] = {}
 
 
 def given_cache(cache: object, kwargs: dict) -> object:
     """The cache of a call: `cache`, or what `kwargs` hold under another version's name for it, which is taken out."""
-    for name in _CACHE_NAMES:
+    for name in CACHE_NAMES:
         other = kwargs.pop(name, None)
         cache = other if cache is None else cache
     return cache
@@ -77,6 +77,6 @@ def with_cache(module: nn.Module, cache: object) -> dict:
     kind = type(module)
     if kind not in _cache_name_of:
         parameters = inspect.signature(kind.forward).parameters
-        _cache_name_of[kind] = next((name for name in _CACHE_NAMES if name in parameters), None)
+        _cache_name_of[kind] = next((name for name in CACHE_NAMES if name in parameters), None)
     name = _cache_name_of[kind]
     return {} if name is None else {name: cache}

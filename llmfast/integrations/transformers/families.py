@@ -21,6 +21,7 @@ def _bert(prefix: str) -> dict[str, str]:
         prefix + "SelfOutput": "bert_output",
         prefix + "Output": "bert_output",
         prefix + "Layer": "bert_feed_forward",
+        prefix + "Encoder": "bert_encoder",
     }
 
 

@@ -11,13 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import activations
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.import_utils import is_tracing
 
 from llmfast import ops
 from llmfast.integrations.transformers.attention import attention_forward
-from llmfast.integrations.transformers.compat import given_cache, with_cache
+from llmfast.integrations.transformers.compat import CACHE_NAMES, given_cache, with_cache
 from llmfast.ops._native_op import is_plain, overrides_torch
 
 __all__ = ["ACTIVATIONS", "REPLACEMENTS", "is_ours"]
@@ -451,3 +453,40 @@ def bert_feed_forward(self: nn.Module, attention_output: Tensor) -> Tensor:
 
 
 bert_feed_forward.__name__ = "feed_forward_chunk"
+
+
+_WORTH_SKIPPING = 0.95  # share of the tokens that are there, above which the padding is computed with them
+
+
+@_replacement
+def bert_encoder(self: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None = None, *args, **kwargs):
+    """All layers on the tokens that are there, as one stream of packed sequences; the padding's results are zeros."""
+    whole = type(self).forward
+    present = None
+    if not (self.training or any(x is not None for x in args) or kwargs.get("encoder_hidden_states") is not None):
+        present = _present(self, hidden_states, attention_mask, kwargs)
+    if present is None:
+        return whole(self, hidden_states, attention_mask, *args, **kwargs)
+    places = present.flatten().nonzero()[:, 0]
+    bounds = F.pad(present.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+    stream = hidden_states.flatten(0, 1)[places][None]
+    out = whole(self, stream, None, *args, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, **kwargs)
+    found = out.last_hidden_state[0]
+    padded = found.new_zeros(present.numel(), found.shape[-1]).index_copy(0, places, found)
+    out.last_hidden_state = padded.view(*present.shape, -1)
+    return out
+
+
+def _present(encoder: nn.Module, x: Tensor, mask: Tensor | None, kwargs: dict) -> Tensor | None:
+    """Which tokens are there, ``[B, T]``, if that is all that `mask` says and nobody looks at what is between the layers."""
+    if mask is None or mask.dtype != torch.bool or mask.shape != (x.shape[0], 1, x.shape[1], x.shape[1]):
+        return None
+    config = encoder.config
+    if mask.stride(2) != 0 or config.chunk_size_feed_forward or config._attn_implementation != "llmfast":
+        return None
+    if kwargs.get("cu_seq_lens_q") is not None or any(kwargs.get(name) is not None for name in CACHE_NAMES):
+        return None
+    if torch.compiler.is_compiling() or is_tracing(x) or not all(_unhooked(m) for m in encoder.layer.modules()):
+        return None
+    present = mask[:, 0, 0]
+    return present if 0 < int(present.sum()) <= _WORTH_SKIPPING * present.numel() else None

@@ -37,7 +37,7 @@ class Patched:
         return "\n".join(lines)
 
 
-def patch(model: nn.Module) -> Patched:
+def patch(model: nn.Module, *, skip_padding: bool = False) -> Patched:
     """Runs a transformers model on llmfast's kernels, until `unpatch`.
 
     Attention is chosen through transformers' own interface (``model.set_attn_implementation("llmfast")``). Linear
@@ -53,6 +53,9 @@ def patch(model: nn.Module) -> Patched:
         model: a `PreTrainedModel`, or any module with one inside (a PEFT model). Of architectures without a row in
             `families.FAMILIES`, linear layers, LayerNorm, attention and the LM-head loss are replaced, and the modules
             whose code is that of a known one under another name (`alike`).
+        skip_padding: BERT-like encoders in eval mode compute only the tokens that `attention_mask` lets them see. The
+            hidden states of the others, which transformers computes from what they would see, are zeros: for embeddings
+            of texts of unequal length, which leave those out.
 
     Returns:
         What was replaced and what was left. Patching twice changes nothing more.
@@ -74,6 +77,10 @@ def patch(model: nn.Module) -> Patched:
     for root in roots:
         rows.update(FAMILIES.get(root.config.model_type, {}))
     kinds = {m: rows.get(type(m).__name__) or _KINDS.get(type(m)) or kind_of(m) for m in model.modules()}
+    if not skip_padding:
+        kinds = {m: None if kind == "bert_encoder" else kind for m, kind in kinds.items()}
+    elif "bert_encoder" not in kinds.values():
+        report.left["padding: no encoder that can leave it out"] += 1
     in_kernels = {id(p) for m, kind in kinds.items() if kind for p in m.parameters(recurse=False)}
     for module, kind in kinds.items():
         if kind is not None:
