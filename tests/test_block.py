@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -204,6 +205,43 @@ def test_compiles_through_the_modules():
     ids = torch.randint(31, (2, 9), generator=torch.Generator().manual_seed(5))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(ids), model(ids))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_of_several_losses_at_once(family):
+    """``is_grads_batched`` and `torch.vmap` hand the backward pass tensors without memory of their own."""
+    model, ids = make(family), torch.randint(31, (2, 9))
+    logits, leaves = model(ids), list(model.parameters())
+    assert "_BlockFunctionBackward" in nodes(logits)
+    losses = torch.randn(3, *logits.shape)
+    expected = [torch.autograd.grad(logits, leaves, loss, retain_graph=True) for loss in losses]
+    expected = [torch.stack(grads) for grads in zip(*expected)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch: loops where an op has no batching rule
+        batched = torch.autograd.grad(logits, leaves, losses, is_grads_batched=True, retain_graph=True)
+        mapped = torch.vmap(lambda loss: torch.autograd.grad(logits, leaves, loss, retain_graph=True))(losses)
+    torch.testing.assert_close(list(batched), expected)
+    torch.testing.assert_close(list(mapped), expected)
+
+
+@pytest.mark.parametrize("frozen", [(), ("qkv.weight", "up.weight"), ("out.weight", "gate.weight", "down.bias")])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flop_counter_counts_the_modules_backward_passes(family, packed, frozen, monkeypatch):
+    model, ids = make(family), torch.randint(31, (2, 9))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.endswith(frozen))
+    bounds = torch.tensor([0, 5, 6, 18], dtype=torch.int32) if packed else None
+
+    def flops_of_backward() -> int:
+        loss = model(ids, ids, cu_seqlens=bounds)
+        with FlopCounterMode(display=False) as counter:
+            loss.backward()
+        return counter.get_total_flops()
+
+    ours = flops_of_backward()
+    by_modules(monkeypatch)
+    assert ours == flops_of_backward() > 0
 
 
 def test_second_derivatives_are_refused():

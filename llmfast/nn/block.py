@@ -20,11 +20,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils.flop_counter import register_flop_formula
 
 from llmfast import backend
 from llmfast.nn.attention import KVCache, SelfAttention
 from llmfast.nn.layers import FFN, AddLayerNorm, AddRMSNorm, Linear
-from llmfast.ops._native_op import _plain_eager, first_derivative
+from llmfast.ops._flops import ffn_backward as ffn_backward_flops
+from llmfast.ops._native_op import NativeOp, _plain_eager, first_derivative
 from llmfast.ops.attention import broadcasts
 from llmfast.ops.ffn import ACTIVATIONS
 
@@ -65,6 +67,7 @@ class Plan(NamedTuple):
     heads: int
     kv_heads: int
     head_dim: int
+    arguments: tuple  # what `settings` was made of
 
 
 class StackPlan(NamedTuple):
@@ -112,7 +115,7 @@ def fused_block(
         return None
     extras = (cos, sin, mask, cu_seqlens)
     if differentiable:
-        return _BlockFunction.apply(plan.settings, extras, x, stream, *weights)
+        return _BlockFunction.apply(plan.settings, plan.arguments, extras, x, stream, *weights)
     out = torch.empty_like(x) if x.dtype == dtype else torch.empty_like(x, dtype=dtype)
     stream_out = torch.empty_like(x if stream is None else stream)
     k = v = None
@@ -276,7 +279,7 @@ def _make_plan(block: nn.Module) -> Plan | None:
     )  # fmt: skip
     if not _plain_eager(weights):
         return None
-    settings = backend.native().BlockSettings(
+    arguments = (
         attention.heads,
         attention.kv_heads,
         attention.head_dim,
@@ -291,19 +294,20 @@ def _make_plan(block: nn.Module) -> Plan | None:
     watch = (modules, len(modules), None)
     for name in ("attention_norm", "attention", "ffn_norm", "ffn"):
         watch += (modules, name, modules[name])
-    return Plan(settings, weights, watch + _watch(parts), attention.heads, attention.kv_heads, attention.head_dim)
+    settings = backend.native().BlockSettings(*arguments)
+    return Plan(settings, weights, watch + _watch(parts), *arguments[:3], arguments)
 
 
 class _BlockFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, settings, extras, x: Tensor, stream: Tensor | None, *weights: Tensor | None):
+    def forward(ctx, settings, arguments, extras, x: Tensor, stream: Tensor | None, *weights: Tensor | None):
         native = backend.native()
         inputs = (x, stream, *extras, None, None)
         saved = torch.empty(native.block_saved_bytes(settings, weights, inputs) // 4, dtype=torch.float32)
         out = x.new_empty(x.shape, dtype=weights[2].dtype)
         stream_out = torch.empty_like(x if stream is None else stream)
         native.block_forward(settings, weights, inputs, 0, out, stream_out, saved)
-        ctx.settings, ctx.first = settings, stream is None
+        ctx.arguments, ctx.first = arguments, stream is None
         ctx.save_for_backward(x, *extras, stream_out, saved, *weights)
         return out, stream_out
 
@@ -311,24 +315,66 @@ class _BlockFunction(torch.autograd.Function):
     @first_derivative
     def backward(ctx, d_out: Tensor, d_stream_out: Tensor):
         x, cos, sin, mask, cu_seqlens, stream_out, saved, *weights = ctx.saved_tensors
-        x, stream_out, saved = (t.contiguous() for t in (x, stream_out, saved))  # hooks may hand back other strides
-        needs = ctx.needs_input_grad[4:]
-        d_weights = tuple(torch.empty_like(w) if need else None for w, need in zip(weights, needs))
-        d_stream = torch.empty_like(stream_out)
+        needs = ctx.needs_input_grad[5:]
+        tensors = (d_out, d_stream_out, x, stream_out, saved, cos, sin, mask, cu_seqlens)
+        d_x, d_stream, *d_weights = _block_backward(*tensors, *weights, needs, ctx.first, *ctx.arguments)
+        d_weights = (d if need else None for d, need in zip(d_weights, needs))
         narrow = x.dtype != stream_out.dtype
-        d_x = torch.empty_like(x) if narrow else None
+        return None, None, None, d_x if narrow else d_stream, None if ctx.first else d_stream, *d_weights
+
+
+def _backward(d_out, d_stream_out, x, stream_out, saved, cos, sin, mask, cu_seqlens, *others):
+    weights, (needs, first, *arguments) = others[: len(Weights._fields)], others[len(Weights._fields) :]
+    grads = _gradients(d_out, d_stream_out, x, stream_out, saved, cos, sin, mask, cu_seqlens, *others)
+    d_x, d_stream, *d_weights = grads
+    x, stream_out, saved = (t.contiguous() for t in (x, stream_out, saved))  # hooks may hand back other strides
+    native = backend.native()
+    native.block_backward(
+        native.BlockSettings(*arguments),
+        weights,
         # stream_out stands for the incoming stream, of which only the shape and dtype still matter
-        inputs = (x, None if ctx.first else stream_out, cos, sin, mask, cu_seqlens, None, None)
-        backend.native().block_backward(
-            ctx.settings,
-            tuple(weights),
-            inputs,
-            stream_out,
-            saved,
-            d_out.contiguous(),
-            d_stream_out.contiguous(),
-            d_x,
-            d_stream,
-            d_weights,
-        )
-        return None, None, d_x if narrow else d_stream, None if ctx.first else d_stream, *d_weights
+        (x, None if first else stream_out, cos, sin, mask, cu_seqlens, None, None),
+        stream_out,
+        saved,
+        d_out.contiguous(),
+        d_stream_out.contiguous(),
+        d_x if x.dtype != stream_out.dtype else None,
+        d_stream,
+        tuple(d if need else None for d, need in zip(d_weights, needs)),
+    )
+    return grads
+
+
+def _gradients(d_out, d_stream_out, x, stream_out, saved, cos, sin, mask, cu_seqlens, *others):
+    """Of x, where its dtype is not the stream's, the stream, and the weights; empty ones where nobody needs them."""
+    *weights, needs = others[: len(Weights._fields) + 1]
+    return (
+        torch.empty_like(x) if x.dtype != stream_out.dtype else x.new_empty(0),
+        torch.empty_like(stream_out),
+        *(torch.empty_like(w) if need else x.new_empty(0) for w, need in zip(weights, needs)),
+    )
+
+
+_block_backward = NativeOp(
+    "block_backward(Tensor d_out, Tensor d_stream_out, Tensor x, Tensor stream_out, Tensor saved, Tensor? cos,"
+    f" Tensor? sin, Tensor? mask, Tensor? cu_seqlens, {', '.join(f'Tensor? {name}' for name in Weights._fields)},"
+    " bool[] needs, bool first, int heads, int kv_heads, int head_dim, int? left, bool centred, float eps1, float eps2,"
+    f" float eps_qk, float scale, int activation) -> ({', '.join(['Tensor'] * (2 + len(Weights._fields)))})",
+    _backward,
+    _gradients,
+    devices=("CPU",),
+)
+
+
+@register_flop_formula(torch.ops.llmfast.block_backward, get_raw=True)
+def _flops_of_backward(d_out, d_stream_out, x, stream_out, saved, cos, sin, mask, cu_seqlens, *others, **_) -> int:
+    """As many as its modules' ops have."""
+    count = len(Weights._fields)
+    weights, needs = Weights(*others[:count]), Weights(*others[count])
+    heads, head_dim = others[count + 2], others[count + 4]
+    B, T, _ = x.shape
+    products = weights.qkv.numel() * (1 + needs.qkv) + weights.out.numel() * (1 + needs.out)
+    inner = needs.up, needs.up_bias, needs.gate, needs.down, needs.down_bias
+    ffn = ffn_backward_flops(d_out.shape, x.shape, weights.up.shape, weights.gate, None, None, None, 0, [True, *inner])
+    squares = B * T * T if cu_seqlens is None else int(cu_seqlens.diff().long().square().sum())
+    return 2 * B * T * products + ffn + 2 * 5 * heads * head_dim * squares

@@ -29,7 +29,7 @@ def _ffn(x, up_weight, up_bias, gate_weight, *_, **__) -> int:
     return _linear(x, up_weight) * (2 if gate_weight is None else 3)
 
 
-def _ffn_backward(grad, x, up_weight, gate_weight, down_weight, up, gate, activation, needed, **_) -> int:
+def ffn_backward(grad, x, up_weight, gate_weight, down_weight, up, gate, activation, needed, **_) -> int:
     """`needed`: of x, up_weight, up_bias, gate_weight, down_weight, down_bias."""
     need_x, need_up, need_up_bias, need_gate, need_down, _ = needed
     products = (need_x or need_up or need_up_bias or need_gate) + need_down  # hidden's gradient; down_weight's
@@ -73,7 +73,7 @@ _OF_SHAPES = {
     "linear": _linear,
     "linear_backward": _linear_backward,
     "ffn": _ffn,
-    "ffn_backward": _ffn_backward,
+    "ffn_backward": ffn_backward,
     "linear_cross_entropy": _linear,
     "linear_cross_entropy_backward": _loss_backward,
     "linear_cross_entropy_joint": _loss_and_gradients,
