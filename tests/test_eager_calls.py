@@ -267,6 +267,9 @@ def test_no_forward_mode_derivative(name):
         dual = forward_ad.make_dual(leaf, torch.ones_like(leaf))
         with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
             function(*(dual if a is leaf else a for a in arguments), **options)
+    with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
+        call = lambda x: results(function, [x if a is leaf else a for a in arguments], options)  # noqa: E731
+        torch.func.jvp(call, (leaf,), (torch.ones_like(leaf),))
 
 
 def test_no_forward_mode_derivative_of_a_gradient():

@@ -364,6 +364,56 @@ def test_a_sink_of_each_query(bias, monkeypatch):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_transforms_of_attention_with_sinks():
+    B, H, T, D = 2, 4, 5, 8
+    arguments = torch.randn(B, H, T, D), torch.randn(B, 2, T, D), torch.randn(B, 2, T, D), torch.randn(H)
+    hidden = ~torch.ones(T, T, dtype=torch.bool).tril()
+
+    def ours(q, k, v, sinks):
+        return attention_forward(torch.nn.Module(), q, k, v, None, s_aux=sinks)[0]
+
+    def plain(q, k, v, sinks):
+        scores = (q @ k.repeat_interleave(2, 1).mT * D**-0.5).masked_fill(hidden, float("-inf"))
+        scores = torch.cat([scores, sinks[:, None, None].expand(len(q), H, T, 1)], -1)
+        return (scores.softmax(-1)[..., :-1] @ v.repeat_interleave(2, 1)).transpose(1, 2)
+
+    cotangents = torch.randn(3, B, T, H, D)
+
+    def results(attend):
+        def loss(*sample):
+            q, k, v, sinks = sample
+            return attend(q[None], k[None], v[None], sinks).square().sum()
+
+        yield from torch.func.vjp(attend, *arguments)[1](cotangents[0])
+        yield from torch.vmap(torch.func.grad(loss, argnums=(0, 1, 2, 3)), in_dims=(0, 0, 0, None))(*arguments)
+        yield torch.func.jacrev(attend, argnums=3)(*arguments)
+        leaves = [a.clone().requires_grad_() for a in arguments]
+        yield from torch.autograd.grad(attend(*leaves), leaves, cotangents, is_grads_batched=True)
+
+    for a, b in zip(results(ours), results(plain), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    leaves = [a.clone().requires_grad_() for a in arguments]
+    (grad,) = torch.autograd.grad(ours(*leaves).square().sum(), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"does not require grad|once_differentiable"):
+        grad.sum().backward()
+
+
+def test_sinks_under_autocast():
+    """Queries and keys that rotary embeddings made float32 meet values that a linear layer made bfloat16."""
+    q, k, v, sinks = (
+        torch.randn(2, 4, 6, 8),
+        torch.randn(2, 2, 6, 8),
+        torch.randn(2, 2, 6, 8).bfloat16(),
+        torch.randn(4),
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention_forward(torch.nn.Module(), q, k, v, None, s_aux=sinks)[0]
+    assert out.dtype == torch.bfloat16
+    expected = attention_forward(torch.nn.Module(), q.bfloat16(), k.bfloat16(), v, None, s_aux=sinks)[0]
+    torch.testing.assert_close(out, expected)
+
+
 @pytest.mark.parametrize("kind", ["bool", "float"])
 def test_own_mask(kind):
     """A caller's 4-D mask is taken as it is, whatever its shape."""

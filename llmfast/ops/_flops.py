@@ -45,7 +45,7 @@ def _loss_and_gradients(x, weight, target, ignore_index, mean, need_x, need_weig
     return _linear(x, weight) * (1 + need_x + need_weight)
 
 
-def _attention(q, k, v, *_, **__) -> int:
+def attention(q, k, v, *_, **__) -> int:
     return 2 * _pairs(q, k) * (q[-1] + v[-1])
 
 
@@ -77,7 +77,7 @@ _OF_SHAPES = {
     "linear_cross_entropy": _linear,
     "linear_cross_entropy_backward": _loss_backward,
     "linear_cross_entropy_joint": _loss_and_gradients,
-    "attention_forward": _attention,
+    "attention_forward": attention,
     "attention_backward": _attention_backward,
 }
 _OF_TENSORS = {

@@ -50,6 +50,7 @@ _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+_NO_TANGENT = "llmfast::{} has no forward-mode derivative, and was called with a tangent"
 
 
 class NativeOp:
@@ -166,10 +167,14 @@ def _functorch_function(name: str, op: Callable, setup_context: Callable | None,
     def no_derivative(ctx, *grads):
         raise RuntimeError(f"llmfast::{name} has no derivative (a second derivative was asked for)")
 
+    def no_tangent(ctx, *tangents):
+        raise NotImplementedError(_NO_TANGENT.format(name))
+
     methods = {
         "forward": staticmethod(op),
         "setup_context": staticmethod(setup_context or (lambda ctx, inputs, output: None)),
         "backward": staticmethod(backward or no_derivative),
+        "jvp": staticmethod(no_tangent),
         "generate_vmap_rule": True,
     }
     return type(name, (torch.autograd.Function,), methods)
@@ -211,7 +216,7 @@ def _refuse_tangents(name: str, args: Sequence) -> None:
     if _is_compiling() or forward_ad._current_level < 0:
         return
     if any(isinstance(a, torch.Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args):
-        raise NotImplementedError(f"llmfast::{name} has no forward-mode derivative, and was called with a tangent")
+        raise NotImplementedError(_NO_TANGENT.format(name))
 
 
 def is_plain(tensor: torch.Tensor) -> bool:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
 from llmfast import backend, ops
 from llmfast.integrations.transformers.masks import Mask, dense, read
-from llmfast.ops._native_op import overrides_torch
+from llmfast.ops._flops import attention as attention_flops
+from llmfast.ops._native_op import NativeOp, autocast, overrides_torch
+from llmfast.ops.attention import attention_backward
 
 __all__ = ["attention_forward"]
 
@@ -183,32 +186,48 @@ def _with_sinks(query, key, value, mask: Mask, scaling, softcap, sinks) -> Tenso
     visible = mask.visible
     left = mask.window - 1 if mask.window else None
     right = 0 if mask.causal else None
-    return _Sinks.apply(query, key, value, sinks, visible, left, right, scale, float(softcap or 0.0))
+    query, key, value = autocast(query, key, value)
+    return _attention_with_sinks(query, key, value, sinks, visible, left, right, scale, float(softcap or 0.0))[0]
 
 
-class _Sinks(torch.autograd.Function):
-    """Attention whose softmax has one more score s, without a value; `sinks` broadcasts to ``[B, Hq, Tq]``.
+# Attention whose softmax has one more score s, without a value; `sinks` broadcasts to [B, Hq, Tq].
+#
+# With lse' = log(exp(lse) + exp(s)) the weights are exp(score - lse'): the output is out * exp(lse - lse'), and the
+# kernel's backward pass, which recomputes weights from lse, is exact when handed lse' and that output. The sink's own
+# weight exp(s - lse') has gradient -sum(weight * (grad . out)).
 
-    With ``lse' = log(exp(lse) + exp(s))`` the weights are ``exp(score - lse')``: the output is ``out * exp(lse - lse')``,
-    and the kernel's backward pass, which recomputes weights from lse, is exact when handed lse' and that output. The
-    sink's own weight ``exp(s - lse')`` has gradient ``-sum(weight * (grad . out))``.
-    """
 
-    @staticmethod
-    def forward(ctx, q, k, v, sinks, mask, left, right, scale, softcap):
-        out, lse = torch.ops.llmfast.attention_forward(q, k, v, mask, left, right, scale, softcap)
-        total = torch.logaddexp(lse, sinks.float())
-        out = out * (lse - total).exp()[..., None].to(out.dtype)
-        ctx.save_for_backward(q, k, v, out, total, sinks, mask)
-        ctx.options = left, right, scale, softcap
-        return out
+def _forward(q, k, v, sinks, mask, left, right, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+    """The output and lse'."""
+    out, lse = torch.ops.llmfast.attention_forward(q, k, v, mask, left, right, scale, softcap)
+    total = torch.logaddexp(lse, sinks.float())
+    return out * (lse - total).exp()[..., None].to(out.dtype), total
 
-    @staticmethod
-    def backward(ctx, grad):
-        q, k, v, out, total, sinks, mask = ctx.saved_tensors
-        d_q, d_k, d_v = torch.ops.llmfast.attention_backward(grad, q, k, v, out, total, mask, *ctx.options)
-        d_sinks = None
-        if ctx.needs_input_grad[3]:
-            weight = (sinks.float() - total).exp()
-            d_sinks = -(weight * (grad.float() * out.float()).sum(-1)).sum_to_size(sinks.shape).to(sinks.dtype)
-        return d_q, d_k, d_v, d_sinks, None, None, None, None, None
+
+def _setup_context(ctx, inputs, output) -> None:
+    q, k, v, sinks, mask, *ctx.options = inputs
+    out, total = output
+    ctx.mark_non_differentiable(total)
+    ctx.save_for_backward(q, k, v, out, total, sinks, mask)
+
+
+def _gradient(ctx, grad, _):
+    q, k, v, out, total, sinks, mask = ctx.saved_tensors
+    d_q, d_k, d_v = attention_backward(grad, q, k, v, out, total, mask, *ctx.options)
+    d_sinks = None
+    if ctx.needs_input_grad[3]:
+        weight = (sinks.float() - total).exp()
+        d_sinks = -(weight * (grad.float() * out.float()).sum(-1)).sum_to_size(sinks.shape).to(sinks.dtype)
+    return d_q, d_k, d_v, d_sinks, None, None, None, None, None
+
+
+_attention_with_sinks = NativeOp(
+    "attention_with_sinks(Tensor q, Tensor k, Tensor v, Tensor sinks, Tensor? mask, SymInt? left, SymInt? right,"
+    " float scale, float softcap) -> (Tensor, Tensor)",
+    _forward,
+    _forward,
+    _setup_context,
+    _gradient,
+    devices=("CPU",),
+)
+register_flop_formula(torch.ops.llmfast.attention_with_sinks)(attention_flops)
