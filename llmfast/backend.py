@@ -15,8 +15,9 @@ import importlib.util
 import os
 import platform
 import sys
+import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import torch
@@ -218,9 +219,35 @@ def implementations(op: str) -> list[dict]:
     return rows + native_cuda().implementations(op) if _CUDA_WAS_BUILT else rows
 
 
+class _OpenBlocks:
+    """What the ``with`` blocks that are open now ask for, earliest first. Those of several threads may overlap."""
+
+    def __init__(self) -> None:
+        self.asked: tuple[list, ...] = ()  # a list of one each, so that equal ones are told apart
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def open(self, what: object, changed: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """`changed` is called when `asked` has got or lost `what`."""
+        block = [what]
+        with self._lock:
+            self.asked += (block,)
+            changed()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.asked = tuple(other for other in self.asked if other is not block)
+                changed()
+
+
+_caps, _orders = _OpenBlocks(), _OpenBlocks()
+
+
 @contextlib.contextmanager
 def force(isa: str) -> Iterator[None]:
-    """Caps the instruction set to `isa` inside a ``with`` block (for the whole process, not for one thread).
+    """Caps the instruction set to `isa` inside a ``with`` block (for the whole process, not for one thread). While several
+    blocks are open, the lowest cap holds.
 
     Raises:
         ValueError: `isa` is unknown, or better than this machine or ``LLMFAST_CPU_ISA`` allows.
@@ -229,21 +256,27 @@ def force(isa: str) -> Iterator[None]:
         >>> with llmfast.backend.force(isa="ref"):
         ...     y = llmfast.linear(x, weight)
     """
-    module = native()
-    before = module.active_isa()
-    if isa not in ISAS or ISAS.index(isa) > ISAS.index(before):
-        raise ValueError(f"isa: got {isa!r}, expected one of {ISAS[: ISAS.index(before) + 1]} on this machine")
-    module.set_isa_cap(isa)
-    try:
+    best = _best_isa()
+    if isa not in ISAS or ISAS.index(isa) > ISAS.index(best):
+        raise ValueError(f"isa: got {isa!r}, expected one of {ISAS[: ISAS.index(best) + 1]} on this machine")
+    with _caps.open(isa, _set_cap):
         yield
-    finally:
-        module.set_isa_cap(before)
+
+
+@functools.cache
+def _best_isa() -> str:
+    """What runs where nobody asks for less."""
+    return native().active_isa()
+
+
+def _set_cap() -> None:
+    native().set_isa_cap(min((isa for (isa,) in _caps.asked), key=ISAS.index, default=_best_isa()))
 
 
 @contextlib.contextmanager
 def deterministic_sums(asked: bool = True) -> Iterator[None]:
     """Inside a ``with`` block (for the whole process) gradients have the same bits every time, whatever torch's own
-    switch says; with ``asked=False`` they need not.
+    switch says; with ``asked=False`` they need not. While several blocks are open, the one opened last has its way.
 
     It matters for one thing: the gradient of q for long sequences on Hopper GPUs, whose sums otherwise are added in an
     order that varies, some 4 to 24% faster. All else, and everything on CPUs, has a fixed order.
@@ -252,17 +285,15 @@ def deterministic_sums(asked: bool = True) -> Iterator[None]:
         >>> with llmfast.backend.deterministic_sums():
         ...     loss.backward()
     """
-    global _deterministic
-    before, _deterministic = _deterministic, bool(asked)
-    try:
+    with _orders.open(bool(asked)):
         yield
-    finally:
-        _deterministic = before
 
 
 def deterministic() -> bool:
     """Whether sums must have a fixed order: as `deterministic_sums` or ``LLMFAST_DETERMINISTIC`` say, or else as
     `torch.use_deterministic_algorithms` does."""
+    if blocks := _orders.asked:
+        return blocks[-1][0]
     return torch.are_deterministic_algorithms_enabled() if _deterministic is None else _deterministic
 
 
