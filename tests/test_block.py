@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -412,6 +413,22 @@ def test_copies_keep_nothing(how):
         assert torch.equal(copied(ids), expected)
         assert not torch.equal(with_other_weights(ids), expected)
         assert torch.equal(model(ids), expected)
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_replaced_parameters_are_freed_by_the_next_call(grad, hooked):
+    model, ids = make("gpt2"), torch.ones(1, 4, dtype=torch.int64)
+    for before in (True, False):
+        with torch.set_grad_enabled(before):
+            model(ids)
+    parameters = [weakref.ref(p) for p in model.parameters()]
+    model.load_state_dict(make("gpt2").state_dict(), assign=True)
+    if hooked:
+        model.blocks[0].register_forward_hook(lambda *_: None)
+    with torch.set_grad_enabled(grad):
+        model(ids)
+    assert not any(p() is not None for p in parameters)
 
 
 def test_stack_with_caches_of_different_lengths():

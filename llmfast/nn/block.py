@@ -10,7 +10,7 @@ Python touches for a block comes from memory each time, and cost a fifth of a sm
 
 Both decline whatever could tell the difference (hooks, replaced or parametrised modules, `torch.compile`, autocast,
 dispatch modes, other devices); the modules then run one by one. What they found out about a block they keep, with a list of
-all that it depends on, which native code compares at every call.
+all that it depends on, which native code compares at every call. Parameters that were replaced live until the next one.
 """
 
 from __future__ import annotations
@@ -140,7 +140,10 @@ def fused_stack(
 
     None where a block is not exactly a `kind`, or has to be called by itself for another reason.
     """
-    if torch.is_grad_enabled() or not _plain_input(x):
+    if not _plain_input(x):
+        return None
+    if torch.is_grad_enabled():  # what the plan keeps alive may have been replaced, and training asks nobody about it
+        model.__dict__.pop("_plan", None)
         return None
     plan = _stack_plan(model, kind)
     cos, sin = rotary or (None, None)
@@ -204,8 +207,10 @@ def _block_plan(block: nn.Module) -> Plan | None:
 
 def _stack_plan(model: nn.Module, kind: type) -> StackPlan | None:
     plan = model.__dict__.get("_plan")
-    if plan is not None and backend.native().unchanged(plan.watch):
-        return plan
+    if plan is not None:
+        if backend.native().unchanged(plan.watch):
+            return plan
+        del plan, model.__dict__["_plan"]
     blocks = model.blocks
     if not blocks or any(type(block) is not kind or _is_hooked(block) for block in blocks):
         return None
