@@ -599,6 +599,31 @@ def test_jit_trace(strict, grad):
     torch.testing.assert_close(torch.autograd.grad(actual, [x, *net.parameters()], weight), grads, rtol=1e-4, atol=1e-3)
 
 
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(24, 4, 40, dropout=0.0, batch_first=True)
+        self.attention = nn.MultiheadAttention(24, 4, batch_first=True)
+        self.norms = nn.Sequential(nn.LayerNorm(24), nn.RMSNorm(24), nn.Linear(24, 24))
+
+    def forward(self, x):
+        x = self.layer(x)
+        return self.norms(x + self.attention(x, x, x, need_weights=False)[0])
+
+
+def test_symbolic_trace(strict):
+    """torch.fx: modules stay whole, as torch's own do."""
+    net, x = Mixed(), torch.randn(2, 5, 24)
+    converted = copy.deepcopy(net)
+    convert_modules(converted)
+    graph = torch.fx.symbolic_trace(converted)
+    calls = [node.target for node in graph.graph.nodes if node.op == "call_module"]
+    assert calls == ["layer", "attention", "norms.0", "norms.1", "norms.2"]
+    torch.testing.assert_close(graph(x), net(x))
+    for root in (fast.MLP(24, 40), nn.Sequential(fast.MLP(24, 40), fast.Linear(24, 7))):
+        torch.testing.assert_close(torch.fx.symbolic_trace(root)(x), root(x))
+
+
 def test_meta_tensors():
     """Shapes without memory, by which large models are planned."""
     net = model().to("meta")

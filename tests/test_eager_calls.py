@@ -1,6 +1,7 @@
 """Whole native calls (csrc/bindings/eager.h) against the long way through Python: same values, layouts and gradients."""
 
 import importlib
+import pickle
 import re
 import threading
 from pathlib import Path
@@ -270,6 +271,19 @@ def test_no_forward_mode_derivative(name):
     with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
         call = lambda x: results(function, [x if a is leaf else a for a in arguments], options)  # noqa: E731
         torch.func.jvp(call, (leaf,), (torch.ones_like(leaf),))
+
+
+@both
+def test_symbolic_trace(name):
+    """torch.fx: the graph calls the op, whichever of its tensors the graph makes."""
+    function, arguments, options = CASES[name]
+    expected = results(function, arguments, options)
+    for i, argument in enumerate(arguments):
+        if isinstance(argument, torch.Tensor):
+            traced = torch.fx.symbolic_trace(lambda x: function(*arguments[:i], x, *arguments[i + 1 :], **options))  # noqa: B023
+            assert function in [node.target for node in traced.graph.nodes]
+            out = pickle.loads(pickle.dumps(traced))(argument)
+            assert_same(out if isinstance(out, tuple) else (out,), expected)
 
 
 def test_no_forward_mode_derivative_of_a_gradient():

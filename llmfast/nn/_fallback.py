@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch.autograd import forward_ad
+from torch.fx import Proxy
 
 from llmfast import backend
 from llmfast.ops._native_op import overrides_torch
@@ -17,6 +18,15 @@ def left_to_torch(op: str, x: torch.Tensor, *weights: torch.Tensor | None) -> bo
     if reason is not None:
         backend.count_fallback(op, reason)
     return reason is not None
+
+
+def call_in_graph(module: torch.nn.Module, proxy: Proxy, *args) -> Proxy | None:
+    """A call of `module` in the graph that `torch.fx` is making, which keeps modules of torch.nn whole and would take their
+    twins apart. None if `module` is what is being traced."""
+    tracer = proxy.tracer
+    if tracer.root is module:
+        return None
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), (proxy, *args), {})
 
 
 def autocast_is_on(x: torch.Tensor) -> bool:

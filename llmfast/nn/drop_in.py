@@ -14,9 +14,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from llmfast import backend, ops
-from llmfast.nn._fallback import FLOATING, autocast_is_on, left_to_torch
+from llmfast.nn._fallback import FLOATING, autocast_is_on, call_in_graph, left_to_torch
 from llmfast.nn.layers import Linear
 
 __all__ = ["MLP", "LayerNorm", "MultiheadAttention", "RMSNorm", "TransformerEncoderLayer"]
@@ -37,6 +38,8 @@ class RMSNorm(nn.RMSNorm):
 
 
 def _norm(norm: LayerNorm | RMSNorm, x: Tensor, torchs_own: Callable[[Tensor], Tensor]) -> Tensor:
+    if isinstance(x, Proxy) and (call := call_in_graph(norm, x)) is not None:
+        return call
     weight, bias, dims = norm.weight, getattr(norm, "bias", None), len(norm.normalized_shape)
     fits = isinstance(x, Tensor) and x.shape[-dims:] == norm.normalized_shape and _dtypes_fit(x, norm)
     if not fits or left_to_torch(type(norm).__name__, x, weight, bias):
@@ -111,6 +114,8 @@ class MLP(nn.Module):
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy) and (call := call_in_graph(self, x)) is not None:
+            return call
         return self.drop2(_feed_forward(x, self.fc1, self.act, self.drop1, self.fc2))
 
 
@@ -118,7 +123,8 @@ def _feed_forward(x: Tensor, up: nn.Module, activation: Callable, dropout: nn.Mo
     """``down(dropout(activation(up(x))))``: fused where nothing happens in between and nobody replaced the linears."""
     name = activation_name(activation)
     idle = type(dropout) is nn.Dropout and (dropout.p == 0.0 or not dropout.training)
-    fused = name is not None and idle and _plain_linear(up) and _plain_linear(down) and _same_dtype(x, up, down)
+    plain = isinstance(x, Tensor) and _plain_linear(up) and _plain_linear(down)
+    fused = plain and idle and name is not None and _same_dtype(x, up, down)
     if not fused or x.shape[-1] != up.in_features or down.out_features != up.in_features:
         return down(dropout(activation(up(x))))
     if left_to_torch("ffn", x, up.weight, up.bias, down.weight, down.bias):
@@ -162,6 +168,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        if isinstance(query, Proxy):
+            masks = key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            if (call := call_in_graph(self, query, key, value, *masks)) is not None:
+                return call
         if need_weights:
             backend.count_fallback("MultiheadAttention", "need_weights=True")
         elif not left_to_torch("MultiheadAttention", query, key, value, self.in_proj_weight, self.out_proj.weight):
@@ -319,6 +329,10 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
+        if isinstance(src, Proxy):
+            call = call_in_graph(self, src, src_mask, src_key_padding_mask, is_causal)
+            if call is not None:
+                return call
         if self._takes_packed(src, src_mask, src_key_padding_mask):
             return self._forward_packed(src)
         if left_to_torch("TransformerEncoderLayer", src):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from llmfast import ops
-from llmfast.nn._fallback import autocast_is_on, left_to_torch
+from llmfast.nn._fallback import autocast_is_on, call_in_graph, left_to_torch
 
 __all__ = ["FFN", "AddLayerNorm", "AddRMSNorm", "Embedding", "Linear"]
 
@@ -15,6 +16,8 @@ class Linear(nn.Linear):
     """`torch.nn.Linear` on `llmfast.linear`. What no kernel takes, float64 for one, is torch's own (counted)."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy) and (call := call_in_graph(self, input)) is not None:
+            return call
         if (
             left_to_torch("Linear", input, self.weight, self.bias)
             or input.dim() == 0

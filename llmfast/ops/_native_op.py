@@ -36,6 +36,7 @@ __all__ = [
     "first_derivative",
     "is_plain",
     "overrides_torch",
+    "stands_for_tensor",
     "whole_calls",
 ]
 
@@ -231,6 +232,12 @@ def overrides_torch(value: object) -> bool:
         return False
     override = getattr(type(value), "__torch_function__", None)
     return override not in (None, torch._C._disabled_torch_function_impl) or hasattr(value, "__tensor_flatten__")
+
+
+def stands_for_tensor(*values: object) -> bool:
+    """Whether one of `values` is no tensor and yet takes part in torch's functions, as a `torch.fx.Proxy` does. An op then
+    hands it the whole call (`torch.overrides.handle_torch_function`)."""
+    return any(not isinstance(v, torch.Tensor) and hasattr(type(v), "__torch_function__") for v in values)
 
 
 def _any_requires_grad(args: Sequence) -> bool:

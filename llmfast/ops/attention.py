@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch.overrides import handle_torch_function
 
 from llmfast import backend, reference
 from llmfast.ops._native_op import (
@@ -20,6 +21,7 @@ from llmfast.ops._native_op import (
     check_tensor,
     dense,
     eager_function,
+    stands_for_tensor,
     whole_calls,
 )
 
@@ -82,6 +84,9 @@ def attention(
         out = native.attention(q, k, v, mask, causal, window, scale, softcap, torch.is_grad_enabled())
         if out is not None:
             return _differentiable(q, k, v, mask, out) if type(out) is list else out
+    if stands_for_tensor(q, k, v, mask):
+        options = {"causal": causal, "mask": mask, "window": window, "scale": scale, "softcap": softcap}
+        return handle_torch_function(attention, (q, k, v, mask), q, k, v, **options)
     q, k, v = _checked(q, k, v, 4)
     _check_mask(mask, q, k)
     left, right = _band(causal, window)
@@ -105,7 +110,7 @@ def packed_attention(qkv: torch.Tensor, heads: int, *, causal: bool = False, win
     Returns:
         ``[B, heads, T, D]``.
     """
-    if qkv.requires_grad and torch.is_grad_enabled() and (native := whole_calls(qkv)):
+    if isinstance(qkv, torch.Tensor) and qkv.requires_grad and torch.is_grad_enabled() and (native := whole_calls(qkv)):
         parts = _parts_of(qkv.detach().requires_grad_(), heads)
         computed = native.attention(*parts, None, causal, window, None, None, True)
         if type(computed) is list:
@@ -156,6 +161,9 @@ def varlen_attention(
         )
         if out is not None:
             return _varlen_differentiable(q, k, v, cu_seqlens_q, cu_seqlens_k, out) if type(out) is list else out
+    if stands_for_tensor(*(tensors := (q, k, v, cu_seqlens_q, cu_seqlens_k))):
+        options = {"causal": causal, "window": window, "scale": scale, "softcap": softcap}
+        return handle_torch_function(varlen_attention, tensors, *tensors, **options)
     q, k, v = _checked(q, k, v, 3)
     for name, bounds in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         check_tensor(name, bounds)

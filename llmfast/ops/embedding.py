@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.overrides import handle_torch_function
 
 from llmfast import backend, reference
 from llmfast.ops._native_op import (
@@ -13,6 +14,7 @@ from llmfast.ops._native_op import (
     check_tensor,
     dense,
     eager_function,
+    stands_for_tensor,
     whole_calls,
 )
 
@@ -60,6 +62,8 @@ def embedding(
             if position_ids is not None:
                 position_ids = position_ids.expand(input_ids.shape)
             return _differentiable(input_ids, weight, position_weight, position_ids, out_dtype, out)
+    if stands_for_tensor(*(tensors := (input_ids, weight, position_weight, position_ids))):
+        return handle_torch_function(embedding, tensors, *tensors, out_dtype=out_dtype)
     _check(input_ids, weight, position_weight, position_ids, out_dtype)
     if position_ids is not None:
         position_ids = position_ids.expand(input_ids.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.overrides import handle_torch_function
 
 from llmfast import backend, reference
 from llmfast.ops._native_op import (
@@ -13,6 +14,7 @@ from llmfast.ops._native_op import (
     check_floating,
     check_shape,
     eager_function,
+    stands_for_tensor,
     whole_calls,
 )
 
@@ -59,6 +61,9 @@ def ffn(
         out = native.ffn(*arguments, torch.is_grad_enabled())
         if out is not None:
             return _differentiable(*arguments, out) if type(out) is list else out
+    if stands_for_tensor(*(tensors := (x, up_weight, up_bias, down_weight, down_bias)), gate_weight):
+        options = {"activation": activation, "gate_weight": gate_weight}
+        return handle_torch_function(ffn, (*tensors, gate_weight), *tensors, **options)
     for name, tensor in (("x", x), ("up_weight", up_weight), ("down_weight", down_weight)):
         check_floating(name, tensor)
     if activation not in ACTIVATIONS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.overrides import handle_torch_function
 
 from llmfast import backend, reference
 from llmfast.ops._native_op import (
@@ -13,6 +14,7 @@ from llmfast.ops._native_op import (
     check_floating,
     check_shape,
     eager_function,
+    stands_for_tensor,
     whole_calls,
 )
 
@@ -43,6 +45,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         out = native.linear(x, weight, bias, torch.is_grad_enabled())
         if out is not None:
             return _differentiable(x, weight, bias, out) if type(out) is list else out
+    if stands_for_tensor(x, weight, bias):
+        return handle_torch_function(linear, (x, weight, bias), x, weight, bias)
     check_floating("x", x)
     check_floating("weight", weight)
     x, weight, bias = autocast(x, weight, bias)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.overrides import handle_torch_function
 
 from llmfast import backend, reference
 from llmfast.ops._native_op import (
@@ -14,6 +15,7 @@ from llmfast.ops._native_op import (
     check_shape,
     check_tensor,
     eager_function,
+    stands_for_tensor,
     whole_calls,
 )
 from llmfast.ops.linear_cross_entropy_joint import is_worthwhile, linear_cross_entropy_joint
@@ -61,6 +63,9 @@ def linear_cross_entropy(
         loss = native.linear_cross_entropy(*arguments, torch.is_grad_enabled())
         if loss is not None:
             return _differentiable(*arguments, loss) if type(loss) is list else loss
+    if stands_for_tensor(*(arguments := (x, weight, target))):
+        options = {"ignore_index": ignore_index, "reduction": reduction}
+        return handle_torch_function(linear_cross_entropy, arguments, *arguments, **options)
     check_floating("x", x)
     check_floating("weight", weight)
     check_tensor("target", target)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch.overrides import handle_torch_function
 
 from llmfast import backend, reference
-from llmfast.ops._native_op import NativeOp, check_floating, dense, eager_function, whole_calls
+from llmfast.ops._native_op import NativeOp, check_floating, dense, eager_function, stands_for_tensor, whole_calls
 
 __all__ = ["add_layer_norm", "add_rms_norm"]
 
-_OUT_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
+_OUT_DTYPES = frozenset((None, torch.float32, torch.bfloat16, torch.float16))
 
 
 def add_layer_norm(
@@ -51,6 +52,8 @@ def add_layer_norm(
         done = native.add_norm(x, residual, weight, bias, eps, out_dtype, True, torch.is_grad_enabled())
         if done is not None:
             return _differentiate(x, residual, weight, bias, eps, done) if type(done) is list else done
+    if stands_for_tensor(*(tensors := (x, residual, weight, bias))):
+        return handle_torch_function(add_layer_norm, tensors, *tensors, eps, out_dtype=out_dtype)
     _check(x, residual, weight, bias, out_dtype)
     if not x.is_cpu and (reason := backend.why_not_native(x.device)):
         backend.count_fallback("add_layer_norm", reason)
@@ -80,6 +83,8 @@ def add_rms_norm(
         done = native.add_norm(x, residual, weight, None, eps, out_dtype, False, torch.is_grad_enabled())
         if done is not None:
             return _differentiate(x, residual, weight, None, eps, done) if type(done) is list else done
+    if stands_for_tensor(*(tensors := (x, residual, weight))):
+        return handle_torch_function(add_rms_norm, tensors, *tensors, eps, out_dtype=out_dtype)
     _check(x, residual, weight, None, out_dtype)
     if not x.is_cpu and (reason := backend.why_not_native(x.device)):
         backend.count_fallback("add_rms_norm", reason)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.overrides import handle_torch_function
 
 from llmfast import backend, reference
 from llmfast.ops._native_op import (
@@ -12,6 +13,7 @@ from llmfast.ops._native_op import (
     check_shape,
     dense,
     eager_function,
+    stands_for_tensor,
     whole_calls,
 )
 
@@ -55,6 +57,8 @@ def rotary(
         done = native.rotary_pair(q, k, cos, sin, rotary_dim, False, torch.is_grad_enabled())
         if done is not None:
             return _differentiable(q, k, cos, sin, rotary_dim, done) if type(done) is list else done
+    if stands_for_tensor(*(tensors := (q, k, cos, sin))):
+        return handle_torch_function(rotary, tensors, *tensors, rotary_dim=rotary_dim)
     cos, sin = _check(q, k, cos, sin, rotary_dim)
     if not q.is_cpu and (reason := backend.why_not_native(q.device)):
         backend.count_fallback("rotary", reason)

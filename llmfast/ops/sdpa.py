@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch.nn.attention.bias import CausalBias, CausalVariant
+from torch.overrides import handle_torch_function
 
 from llmfast import backend
-from llmfast.ops._native_op import autocast, overrides_torch, whole_calls
+from llmfast.ops._native_op import autocast, overrides_torch, stands_for_tensor, whole_calls
 from llmfast.ops.attention import (
     _FLOATING,
     _attention,
@@ -64,6 +65,9 @@ def scaled_dot_product_attention(
         )
         if out is not None:
             return _differentiable(query, key, value, attn_mask, out) if type(out) is list else out
+    if stands_for_tensor(*(tensors := (query, key, value, attn_mask))):
+        options = {"scale": scale, "enable_gqa": enable_gqa}
+        return handle_torch_function(scaled_dot_product_attention, tensors, *tensors, dropout_p, is_causal, **options)
     prepared = _prepare_twin(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     if isinstance(prepared, str):
         backend.count_fallback("scaled_dot_product_attention", prepared)
