@@ -18,11 +18,13 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 
 import torch
 
 __all__ = [
+    "check_memory",
     "check_threads",
     "choose_device",
     "count_fallback",
@@ -35,6 +37,7 @@ __all__ = [
     "implementations",
     "info",
     "keep_freed_memory",
+    "memory_bytes",
     "native",
     "native_cuda",
     "native_for",
@@ -45,6 +48,8 @@ __all__ = [
 ]
 
 ISAS = ("ref", "avx2", "avx512", "avx512bf16", "amx")
+# Where a container's own limit stands, for the two versions of control groups.
+MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 MOST_THREADS = 1024  # OpenMP ends the process where the system does not give as many as asked for
 
 # Looked for once, as a file: torch.compile may ask before anything has run.
@@ -177,6 +182,31 @@ def set_float32_matmul_precision(precision: str) -> None:
 def get_float32_matmul_precision() -> str:
     """``"highest"`` or ``"high"``; see `set_float32_matmul_precision`."""
     return "high" if native().float32_is_split() else "highest"
+
+
+def memory_bytes(device: torch.device | None = None) -> int | None:
+    """Bytes of memory this process may use: the machine's, or its container's; those of `device`, if that is a GPU. None
+    where the system does not say."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    except (AttributeError, ValueError, OSError):
+        return None
+    for path in MEMORY_LIMITS:
+        try:
+            sizes.append(int(Path(path).read_text()))
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return min(sizes)
+
+
+def check_memory(what: str, needed: int, device: torch.device | None = None) -> None:
+    """ValueError, which begins with `what` was asked for, if it takes more than `memory_bytes`: the system would end this
+    process, or torch would name none of its options."""
+    there = memory_bytes(device)
+    if there is not None and needed > there:
+        raise ValueError(f"{what} at least {needed / 2**30:,.1f} GiB of memory, and there are {there / 2**30:,.1f} GiB")
 
 
 def keep_freed_memory() -> bool:

@@ -122,6 +122,11 @@ def test_generate_streams_the_same_text_for_the_same_seed(here):
     assert here(*arguments[:2], "--prompt", "-", *arguments[4:], text="line 7\n")[1] == text
 
 
+def test_the_smallest_temperature_takes_the_likeliest(here):
+    arguments = ("generate", "run", "--prompt", "line 7", "--max-new-tokens", "20", "--temperature")
+    assert here(*arguments, "1e-300") == here(*arguments, "0")
+
+
 def test_generate_reads_a_pipe(run):
     done = llmfast("generate", "run", "--prompt", "-", "--temperature", "0", cwd=run, text="line 7\n")
     assert done.returncode == 0 and done.stdout.startswith("line 7") and not done.stderr, done.stderr
@@ -144,6 +149,22 @@ BAD = [
     (["generate", "run", "--temperature", "-1"], "temperature: got -1.0"),
     (["generate", "run", "--max-new-tokens", "100"], "only 48 fit"),
     (["generate", "run", "--stop", ""], "stop_strings"),
+    (["generate", "run", "--num-samples", "1000000000"], "num_samples: got 1000000000, and the keys and values of"),
+    (["generate", "run", "--repetition-penalty", "1e-300"], "repetition_penalty: got 1e-300"),
+    (["pretrain", "--layers", "1000000000"], "layers: got a model of 1,"),
+    (["pretrain", "--width", "6" + "0" * 18], "width: got a model of"),
+    (["pretrain", "--batch-size", "1000000000"], "batch_size: got 1000000000, and a step over that many sequences of"),
+    (["pretrain", "--batch-size", "1", "--grad-accumulation", "1000000000"], "grad_accumulation: got 1000000000"),
+    (
+        ["bench", "model", "--preset", "gpt-nano", "--batch", "1000000000"],
+        "batch: got 1000000000, and a step of gpt-nano",
+    ),
+    (["bench", "model", "--preset", "gpt-nano", "--batch", "0"], "batch: got 0, expected a positive number"),
+    (["bench", "model", "--preset", "gpt-nano", "--sequence", "-1"], "sequence: got -1, expected a positive number"),
+    (["bench", "--timeout", "nan"], "timeout: got nan"),
+    (["bench", "--json", "."], "json: got the folder"),
+    (["bench", "--plot", "input.txt"], "plot: got the file"),
+    (["demo", "--seed", "9223372036854775808"], "seed: got 9223372036854775808"),
     (["generate", "run", "--sead", "1"], "--sead"),
     (["demo", "--minutes", "0"], "minutes: got 0"),
     (["demo", "--out", "run"], "'run' exists and is not an empty folder"),

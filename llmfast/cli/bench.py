@@ -21,6 +21,8 @@ from llmfast.bench.harness import Budget, measure
 from llmfast.bench.limits import Limits
 from llmfast.bench.steps import StepCase, measure_step
 
+MOST_SECONDS = 86400  # a day
+
 
 @dataclass
 class BenchConfig:
@@ -67,8 +69,17 @@ class BenchConfig:
         if self.plot and importlib.util.find_spec("matplotlib") is None:
             raise ValueError("plot: needs matplotlib: pip install 'llmfast[plot]'")
         backend.check_threads(self.threads)
-        if self.timeout <= 0:
-            raise ValueError(f"timeout: got {self.timeout}, expected a positive number of seconds")
+        if not 0 < self.timeout <= MOST_SECONDS:
+            raise ValueError(
+                f"timeout: got {self.timeout}, expected a positive number of seconds, at most {MOST_SECONDS}"
+            )
+        for name in ("batch", "sequence"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}: got {value}, expected a positive number")
+        if self.json is not None and self.json.is_dir():
+            raise ValueError(f"json: got the folder {str(self.json)!r}, expected a file")
+        if self.plot is not None and self.plot.exists() and not self.plot.is_dir():
+            raise ValueError(f"plot: got the file {str(self.plot)!r}, expected a folder")
         if self.preset is None and (self.batch or self.sequence):
             raise ValueError("batch, sequence: got a size without --preset, expected both")
 
@@ -206,8 +217,11 @@ def _step_cases(config: BenchConfig, size: str) -> list[StepCase]:
     if config.preset is not None:
         if config.preset not in PRESETS:
             raise ValueError(f"preset: got {config.preset!r}, expected one of {', '.join(PRESETS)}")
-        sequence = config.sequence or min(1024, PRESETS[config.preset].context)
-        sizes = [(config.preset, dtype, config.batch or 4, sequence) for dtype in config.dtypes]
+        shape, batch = PRESETS[config.preset], config.batch or 4
+        sequence = config.sequence or min(1024, shape.context)
+        step = f"batch: got {batch}, and a step of {config.preset} over that many sequences takes"
+        backend.check_memory(step, shape.activation_bytes(batch * sequence))
+        sizes = [(config.preset, dtype, batch, sequence) for dtype in config.dtypes]
     elif size == "full":
         sizes = [("gpt2", "bfloat16", 4, 1024), ("gpt2", "float32", 1, 512), ("gpt-nano", "float32", 12, 64)]
     elif size == "quick":

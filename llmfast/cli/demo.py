@@ -29,6 +29,7 @@ from llmfast.train.progress import Display
 __all__ = ["DemoConfig", "main"]
 
 TEXT_BYTES = 10_000_000
+LEAST_TEXT_BYTES = 200_000  # so that a tenth of it, for validation, is longer than a sequence
 LEFT_OUT = {"encodings", "pydoc_data"}  # tables, not code
 # No space at the end: the tokenizer puts it before the word that follows.
 PROMPTS = ("def __init__(self,", "class Reader:")
@@ -82,6 +83,8 @@ class DemoConfig:
     def __post_init__(self) -> None:
         if not 0 < self.minutes < math.inf:
             raise ValueError(f"minutes: got {self.minutes}, expected a positive number")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed: got {self.seed}, expected a number of 64 bits")
 
 
 def main(config: DemoConfig) -> int:
@@ -185,7 +188,7 @@ def _prepare(config: DemoConfig, out: Path, display: Display) -> Dataset:
         key=lambda file: hashlib.blake2b("/".join(file.parts[-2:]).encode()).digest(),
     )
     sizes = list(accumulate(file.stat().st_size for file in files))
-    count = max(1, bisect_right(sizes, share * TEXT_BYTES))
+    count = max(1, bisect_right(sizes, max(share * TEXT_BYTES, LEAST_TEXT_BYTES)))
     corpus = Corpus(library.name, sorted(files[:count]))
     tokenizer = build_tokenizer("bpe", corpus, 4096 if share > 0.3 else 1024, progress)
     dataset = prepare(corpus, tokenizer, out / "dataset", progress=progress)

@@ -92,6 +92,12 @@ def main(config: GenerateConfig) -> int:
     texts = [_from_stdin() if prompt == "-" else prompt for prompt in config.prompt or [""]]
     prompts = [chat_ids(tokenizer, _messages(config, text)) for text in texts] if config.chat else texts
     options = _options(config, model, tokenizer, prompts)
+    rows, of, itemsize = len(prompts) * config.num_samples, model.config, model.head_weight.itemsize
+    backend.check_memory(
+        f"num_samples: got {config.num_samples}, and the keys and values of {rows:,} texts take",
+        rows * options["max_new_tokens"] * of.layers * 2 * of.Hkv * of.D * itemsize,
+        device,
+    )
     count = _Count()
     if len(prompts) * config.num_samples == 1:
         _print_stream(model, tokenizer, prompts[0], config.echo and not config.chat, count, options)

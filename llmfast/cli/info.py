@@ -19,8 +19,6 @@ from llmfast import backend
 DTYPES = ("float32", "bfloat16", "float16")
 PACKAGES = ("numpy", "tokenizers", "safetensors", "transformers", "matplotlib")
 VARIABLES = ("OMP_", "KMP_", "GOMP_", "MKL_", "ATEN_CPU_CAPABILITY", "CUDA_VISIBLE_DEVICES")
-# Where a container's own limit stands, for the two versions of control groups.
-MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 @dataclass
@@ -45,7 +43,7 @@ def collect() -> dict[str, Any]:
     return {
         **backend.info(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_bytes": _memory(),
+        "memory_bytes": backend.memory_bytes(),
         "memory_available_bytes": _available_memory(),
         "packages": dict(_package_versions()),
         "environment": {name: value for name, value in sorted(os.environ.items()) if _matters(name)},
@@ -124,23 +122,9 @@ def _matters(name: str) -> bool:
     return name.startswith(("LLMFAST_", *VARIABLES))
 
 
-def _memory() -> int | None:
-    """Bytes of memory this process may use: the machine's, or its container's."""
-    try:
-        sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    except (AttributeError, ValueError, OSError):
-        return None
-    for path in MEMORY_LIMITS:
-        try:
-            sizes.append(int(Path(path).read_text()))
-        except (OSError, ValueError):  # no such file, or "max"
-            continue
-    return min(sizes)
-
-
 def _available_memory() -> int | None:
     if platform.system() != "Linux":
         return None
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
-    return None if free is None else min(free, _memory() or free)
+    return None if free is None else min(free, backend.memory_bytes() or free)

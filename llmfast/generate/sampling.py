@@ -50,8 +50,10 @@ class Sampling:
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p: got {self.min_p}, expected a number from 0 to 1")
         penalty = self.repetition_penalty
-        if penalty is not None and not (penalty > 0 and math.isfinite(penalty)):
-            raise ValueError(f"repetition_penalty: got {penalty}, expected a number above 0 (1 changes nothing)")
+        if penalty is not None and not 1e-30 <= penalty <= 1e30:  # float32 logits are divided by it
+            raise ValueError(
+                f"repetition_penalty: got {penalty}, expected a positive number from 1e-30 to 1e30 (1 changes nothing)"
+            )
 
     @property
     def greedy(self) -> bool:
@@ -64,8 +66,9 @@ class Sampling:
             logits = penalise_repetition(logits, seen, self.repetition_penalty)
         if self.greedy:
             return logits
-        # From the largest down, so that a tiny temperature cannot overflow.
-        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
+        # From the largest down, so that a tiny temperature, here at least float32's smallest, cannot overflow.
+        temperature = max(self.temperature, torch.finfo(torch.float32).tiny)
+        logits = (logits - logits.amax(-1, keepdim=True)) / temperature
         if self.top_k is not None:
             logits = keep_top_k(logits, int(self.top_k))
         if self.top_p is not None:

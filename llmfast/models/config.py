@@ -156,6 +156,14 @@ class GPTConfig:
         positions = self.context * C if self.position == "learned" else 0
         return embedding + positions + self.layers * block + norm
 
+    def training_bytes(self) -> int:
+        """Of parameters, their gradients and the state of AdamW, whatever the dtype: 16 a parameter."""
+        return 16 * self.parameters()
+
+    def activation_bytes(self, tokens: int) -> int:
+        """The least that a training step keeps of `tokens`: ids, targets, and the float32 stream as each block gets it."""
+        return tokens * (16 + 4 * self.width * self.layers)
+
     def flops_per_token(self, sequence: int | None = None) -> int:
         """Multiplies and adds of one training step per token: forward and twice that backward.
 

@@ -31,7 +31,7 @@ from llmfast.train.checkpoint import (
     remove_leftovers,
     restore,
 )
-from llmfast.train.config import PretrainConfig, read_config_file
+from llmfast.train.config import MODEL_FIELDS, PretrainConfig, read_config_file
 from llmfast.train.data import TrainingData, training_data
 from llmfast.train.metrics import MetricsLog
 from llmfast.train.progress import Display
@@ -115,6 +115,7 @@ def open_run(
     device = backend.choose_device(config.device)
     if config.dtype == "auto":
         config = dataclasses.replace(config, dtype=backend.fastest_dtype(device))
+    _check_memory(config, device)
     folder = run_folder(config)
     begun = (folder / ENVIRONMENT_FILE).exists() or (folder / "checkpoints").is_dir()
     if config.resume is None or not begun:
@@ -128,6 +129,27 @@ def open_run(
         run = _prepare(config, device, folder, checkpoint, display, callback)
         with run.metrics, _quiet_garbage_collector():
             yield run
+
+
+def _check_memory(config: PretrainConfig, device: torch.device) -> None:
+    """Refuses sizes of which not even the least that they need would fit."""
+    model, tokens = config.model_config(1), config.batch_size * config.sequence
+    sizes = [name for name in MODEL_FIELDS if getattr(config, name) is not None] or ["preset"]
+    backend.check_memory(
+        f"{', '.join(sizes)}: got a model of {model.parameters():,} parameters, whose training takes",
+        model.training_bytes(),
+        device,
+    )
+    backend.check_memory(
+        f"batch_size: got {config.batch_size}, and a step over that many sequences of {config.sequence} tokens takes",
+        model.activation_bytes(tokens),
+        device,
+    )
+    backend.check_memory(
+        f"grad_accumulation: got {config.grad_accumulation}, and the tokens of that many batches take",
+        16 * tokens * config.grad_accumulation,
+        device,
+    )
 
 
 def run_folder(config: PretrainConfig) -> Path:
