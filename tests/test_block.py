@@ -201,6 +201,50 @@ def test_steps_aside(how):
         assert fused_block(block, x, None, None, None, None, None) is None
 
 
+class Adapted(torch.nn.Module):
+    """A linear layer and a change of its weight, as LoRA has them; `weight` is what the layer alone has."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.delta = base, torch.nn.Parameter(torch.randn_like(base.weight) * 0.1)
+
+    @property
+    def weight(self):
+        return self.base.weight
+
+    @property
+    def bias(self):
+        return self.base.bias
+
+    def forward(self, x):
+        return self.base(x) + x @ self.delta.T
+
+
+@pytest.mark.parametrize("name", ["attention.qkv", "attention.out", "ffn.up", "ffn.gate", "ffn.down", "head"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_adapted_and_hooked_linears_are_called(family, name):
+    model = make(family, tie_embeddings=False)
+    parent = model if name == "head" else model.blocks[1].get_submodule(name.split(".")[0])
+    name = name.split(".")[-1]
+    linear = getattr(parent, name)
+    if linear is None:  # no gate
+        return
+    ids, calls = torch.randint(31, (2, 9)), []
+    expected, losses = model(ids), {r: model(ids, ids, reduction=r) for r in ("mean", "sum", "none")}
+    linear.register_forward_hook(lambda *_: calls.append(name))
+    torch.testing.assert_close(model(ids), expected, rtol=1e-5, atol=1e-5)
+    for reduction, loss in losses.items():
+        torch.testing.assert_close(model(ids, ids, reduction=reduction), loss, rtol=1e-5, atol=1e-5)
+    assert len(calls) == 4
+    linear._forward_hooks.clear()
+    setattr(parent, name, Adapted(linear))
+    with torch.no_grad():
+        adapted = model(ids)
+        linear.weight += getattr(parent, name).delta
+    setattr(parent, name, linear)
+    torch.testing.assert_close(adapted, model(ids), rtol=1e-4, atol=1e-5)
+
+
 def test_compiles_through_the_modules():
     model = make("gpt2")
     ids = torch.randint(31, (2, 9), generator=torch.Generator().manual_seed(5))

@@ -10,6 +10,7 @@ import math
 import os
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,6 +19,7 @@ from llmfast.models.config import PRESETS, GPTConfig
 from llmfast.models.rotary import rotary_frequencies
 from llmfast.nn import FFN, AddLayerNorm, AddRMSNorm, Embedding, KVCache, Linear, SelfAttention
 from llmfast.nn.block import fused_block, fused_stack, without_plan
+from llmfast.nn.layers import is_plain_linear
 
 __all__ = ["GPT", "Block"]
 
@@ -193,6 +195,12 @@ class GPT(nn.Module):
             caches=caches,
             last_only=last_only,
         )
+        if self.head is not None and not is_plain_linear(self.head):
+            logits = self.head(normed)
+            if targets is None:
+                return logits
+            losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction=reduction)
+            return losses.view(targets.shape) if reduction == "none" else losses
         if targets is None:
             return ops.linear(normed, self.head_weight)
         return ops.linear_cross_entropy(normed, self.head_weight, targets, reduction=reduction)

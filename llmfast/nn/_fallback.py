@@ -29,6 +29,14 @@ def call_in_graph(module: torch.nn.Module, proxy: Proxy, *args) -> Proxy | None:
     return tracer.create_proxy("call_module", tracer.path_of_module(module), (proxy, *args), {})
 
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_hooked(module: torch.nn.Module) -> bool:
+    """By torch's hooks, or by a forward of its own, as accelerate's are."""
+    return any(getattr(module, hooks) for hooks in HOOKS) or "forward" in module.__dict__
+
+
 def autocast_is_on(x: torch.Tensor) -> bool:
     """For the device of `x`."""
     return not x.is_meta and torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)

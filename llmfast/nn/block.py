@@ -23,6 +23,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.flop_counter import register_flop_formula
 
 from llmfast import backend
+from llmfast.nn._fallback import HOOKS, is_hooked
 from llmfast.nn.attention import KVCache, SelfAttention
 from llmfast.nn.layers import FFN, AddLayerNorm, AddRMSNorm, Linear
 from llmfast.ops._flops import ffn_backward as ffn_backward_flops
@@ -34,7 +35,6 @@ __all__ = ["fused_block", "fused_stack", "without_plan"]
 
 _NORMS = (AddLayerNorm, AddRMSNorm)
 _MASKS = (torch.bool, torch.float32, torch.bfloat16, torch.float16)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _SETTINGS = ("heads", "kv_heads", "head_dim", "window", "eps", "activation")  # attributes, of modules that have them
 
 
@@ -212,7 +212,7 @@ def _stack_plan(model: nn.Module, kind: type) -> StackPlan | None:
             return plan
         del plan, model.__dict__["_plan"]
     blocks = model.blocks
-    if not blocks or any(type(block) is not kind or _is_hooked(block) for block in blocks):
+    if not blocks or any(type(block) is not kind or is_hooked(block) for block in blocks):
         return None
     found = [_block_plan(block) for block in blocks]
     if None in found:
@@ -224,11 +224,6 @@ def _stack_plan(model: nn.Module, kind: type) -> StackPlan | None:
     return plan
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    """By torch's hooks, or by a forward of its own, as accelerate's are."""
-    return any(getattr(module, hooks) for hooks in _HOOKS) or "forward" in module.__dict__
-
-
 def _watch(modules: list[nn.Module]) -> tuple:
     """All that a plan of these modules depends on, for ``native.unchanged``: a flat tuple of (dict, key, its value),
     (dict, key, ...) for a key that is not there, (dict, size, None), and (object, None, its type)."""
@@ -236,7 +231,7 @@ def _watch(modules: list[nn.Module]) -> tuple:
     for module in modules:
         state = module.__dict__
         found += (module, None, type(module), state, "forward", ...)
-        for hooks in _HOOKS:
+        for hooks in HOOKS:
             found += (state[hooks], 0, None)
         for content in (module._modules, module._parameters):
             found += (content, len(content), None)
@@ -271,7 +266,7 @@ def _make_plan(block: nn.Module) -> Plan | None:
         if linear is not None and type(linear) is not Linear:
             return None
     parts = [m for m in (norm1, attention, q_norm, k_norm, norm2, ffn, *linears) if m is not None]
-    if any(_is_hooked(part) for part in parts):
+    if any(is_hooked(part) for part in parts):
         return None
     n1, n2, q, o, u, d = (m._parameters for m in (norm1, norm2, qkv, out, up, down))
     weights = Weights(

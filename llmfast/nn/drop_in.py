@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from llmfast import backend, ops
-from llmfast.nn._fallback import FLOATING, autocast_is_on, call_in_graph, left_to_torch
+from llmfast.nn._fallback import FLOATING, autocast_is_on, call_in_graph, is_hooked, left_to_torch
 from llmfast.nn.layers import Linear
 
 __all__ = ["MLP", "LayerNorm", "MultiheadAttention", "RMSNorm", "TransformerEncoderLayer"]
@@ -68,7 +68,7 @@ def _add_norm(norm, x: Tensor, residual: Tensor | None, weight, bias, out_dtype:
 def activation_name(activation: object) -> str | None:
     """What `llmfast.ffn` calls a function of torch or one of its modules; None if it has no such activation."""
     if isinstance(activation, nn.Module):
-        if _has_hooks(activation):
+        if is_hooked(activation):
             return None
         if type(activation) is nn.GELU:
             return "gelu" if activation.approximate == "none" else "gelu_tanh"
@@ -132,14 +132,8 @@ def _feed_forward(x: Tensor, up: nn.Module, activation: Callable, dropout: nn.Mo
     return ops.ffn(x, up.weight, up.bias, down.weight, down.bias, activation=name)
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
 def _plain_linear(module: nn.Module) -> bool:
-    return type(module) in (nn.Linear, Linear) and not _has_hooks(module)
+    return type(module) in (nn.Linear, Linear) and not is_hooked(module)
 
 
 def _same_dtype(x: Tensor, *modules: nn.Module) -> bool:
@@ -370,7 +364,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 
 def _residual_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """(norm(residual + x), residual + x), in one pass where `norm` is a plain one."""
-    plain = type(norm) in (nn.LayerNorm, LayerNorm, nn.RMSNorm, RMSNorm) and not _has_hooks(norm)
+    plain = type(norm) in (nn.LayerNorm, LayerNorm, nn.RMSNorm, RMSNorm) and not is_hooked(norm)
     bias = getattr(norm, "bias", None)
     dtype = torch.promote_types(x.dtype, residual.dtype)
     if not plain or len(norm.normalized_shape) != 1 or residual.dtype != dtype or not _dtypes_fit(residual, norm):

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from llmfast import ops
-from llmfast.nn._fallback import autocast_is_on, call_in_graph, left_to_torch
+from llmfast import ops, reference
+from llmfast.nn._fallback import autocast_is_on, call_in_graph, is_hooked, left_to_torch
 
 __all__ = ["FFN", "AddLayerNorm", "AddRMSNorm", "Embedding", "Linear"]
 
@@ -27,6 +27,11 @@ class Linear(nn.Linear):
         if input.dtype != self.weight.dtype and not autocast_is_on(input):
             return super().forward(input)
         return ops.linear(input, self.weight, self.bias)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether nothing happens but the product with its weight: it is no adapter around another, and nobody hooked it."""
+    return type(module) is Linear and not is_hooked(module)
 
 
 class Embedding(nn.Module):
@@ -72,7 +77,8 @@ class AddRMSNorm(nn.Module):
 
 
 class FFN(nn.Module):
-    """``down(activation(up(x)))``, or gated: ``down(activation(gate(x)) * up(x))``, the nonlinearity fused."""
+    """``down(activation(up(x)))``, or gated: ``down(activation(gate(x)) * up(x))``, the nonlinearity fused. Linears that
+    were replaced (by adapters) or have hooks are called."""
 
     def __init__(self, width: int, hidden: int, activation: str = "gelu_tanh", gated: bool = False, bias: bool = True):
         super().__init__()
@@ -82,6 +88,10 @@ class FFN(nn.Module):
         self.down = Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not all(linear is None or is_plain_linear(linear) for linear in (self.up, self.gate, self.down)):
+            if self.gate is None:
+                return self.down(reference.activation(self.activation, self.up(x)))
+            return self.down(reference.activation(self.activation, self.gate(x)) * self.up(x))
         return ops.ffn(
             x,
             self.up.weight,
