@@ -8,6 +8,7 @@ namespace llmfast::LLMFAST_TARGET {
 
 // Lanes of a register that are really there: all of them (known when compiling), or the first n.
 struct AllLanes {
+  static constexpr bool kAll = true;
   template <class T>
   Vec load(const T* p) const {
     return Vec::load(p);
@@ -18,6 +19,7 @@ struct AllLanes {
   }
 };
 struct FirstLanes {
+  static constexpr bool kAll = false;
   int64_t n;
   template <class T>
   Vec load(const T* p) const {

@@ -12,13 +12,13 @@ constexpr int kAcrossRows = 8;
 constexpr int kRowsAtOnce = 8;           // of B
 constexpr int64_t kSumBytes = 16 << 10;  // of a thread's sums: half of L1
 
-template <auto kValue>
+template <int kValue>
 struct Constant {
-  static constexpr auto value = kValue;
+  static constexpr int value = kValue;
 };
 
-// sums[m][j] += sum_r x[m][r] * b[r][j] for kR rows of B and one panel of `count` columns; kFirst: = instead of +=.
-template <int kM, int kR, bool kFirst, class T>
+// sums[m][j] += sum_r x[m][r] * b[r][j] for kR rows of B and one panel of `count` columns.
+template <int kM, int kR, class T>
 inline void add_rows(const float* x, int64_t ldx, const T* b, int64_t ldb, int64_t count, float* sums) {
   for (int64_t i = 0; kReadsAhead<T> && i < count; i += static_cast<int64_t>(64 / sizeof(T)))
 #pragma GCC unroll 8
@@ -26,12 +26,18 @@ inline void add_rows(const float* x, int64_t ldx, const T* b, int64_t ldb, int64
   for_each_vec(count, [&](int64_t i, auto lanes) {
     Vec acc[kM];
 #pragma GCC unroll 8
-    for (int m = 0; m < kM; ++m) acc[m] = kFirst ? Vec::zero() : Vec::load(sums + m * Kernel::kCols + i);
-#pragma GCC unroll 8
-    for (int r = 0; r < kR; ++r) {
+    for (int m = 0; m < kM; ++m) acc[m] = Vec::load(sums + m * Kernel::kCols + i);
+    const auto add_row = [&](int r) __attribute__((always_inline)) {
       const Vec weights = lanes.load(b + r * ldb + i);
 #pragma GCC unroll 8
       for (int m = 0; m < kM; ++m) acc[m] = fma(Vec::set(x[m * ldx + r]), weights, acc[m]);
+    };
+    if constexpr (lanes.kAll) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kR; ++r) add_row(r);
+    } else {  // B's last columns, at most one register: not worth eight times the code
+#pragma GCC unroll 1
+      for (int r = 0; r < kR; ++r) add_row(r);
     }
 #pragma GCC unroll 8
     for (int m = 0; m < kM; ++m) acc[m].store(sums + m * Kernel::kCols + i);
@@ -47,21 +53,15 @@ void few_rows_across(const float* x, const T* b, int64_t ldb, GemmSize size, Epi
     alignas(64) float sums[kMost * kM * kPanel];
     for (int64_t begin = first; begin < last; begin += kMost) {
       const int64_t end = begin + kMost < last ? begin + kMost : last;
-      const auto add = [&](int64_t k, auto rows, auto is_first) {
+      const auto add = [&](int64_t k, auto rows) {
         for (int64_t p = begin; p < end; ++p)
-          add_rows<kM, decltype(rows)::value, decltype(is_first)::value>(
-              x + k, size.K, b + k * ldb + p * kPanel, ldb, width(p), sums + (p - begin) * kM * kPanel);
+          add_rows<kM, decltype(rows)::value>(x + k, size.K, b + k * ldb + p * kPanel, ldb, width(p),
+                                              sums + (p - begin) * kM * kPanel);
       };
+      for (int64_t i = 0; i < (end - begin) * kM * kPanel; i += Vec::kLanes) Vec::zero().store(sums + i);
       int64_t k = 0;
-      if (size.K >= kRowsAtOnce) {
-        add(k, Constant<kRowsAtOnce>{}, Constant<true>{});
-        k = kRowsAtOnce;
-      } else {
-        add(k, Constant<1>{}, Constant<true>{});
-        k = 1;
-      }
-      for (; k + kRowsAtOnce <= size.K; k += kRowsAtOnce) add(k, Constant<kRowsAtOnce>{}, Constant<false>{});
-      for (; k < size.K; ++k) add(k, Constant<1>{}, Constant<false>{});
+      for (; k + kRowsAtOnce <= size.K; k += kRowsAtOnce) add(k, Constant<kRowsAtOnce>{});
+      for (; k < size.K; ++k) add(k, Constant<1>{});
       for (int64_t p = begin; p < end; ++p)
         epilogue(sums + (p - begin) * kM * kPanel, 0, p * kPanel, kM, width(p));
     }
