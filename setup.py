@@ -8,7 +8,7 @@ objects never share a symbol that was compiled with different instruction sets.
 Environment: CXX chooses the compiler; LLMFAST_EMULATE_ISA=1 builds the AVX-512 and AMX rows on top of a C++ emulation of
 their instructions, so that a machine without them can run their tests (slow; never for production); LLMFAST_SANITIZE=1
 builds for AddressSanitizer and UBSan (see .ci/sanitize); LLMFAST_BUILD_DIR is where objects are kept between builds
-(default: build/).
+(default: build/). Builds of different kinds share the objects that they have in common.
 
 CUDA: LLMFAST_CUDA=on|off|auto (default auto: on where there are nvcc and an NVIDIA driver); NVCC chooses the compiler;
 LLMFAST_CUDA_ARCHS lists targets (default "80;90a"). A kernel file `_sm80.cu` gets machine code for each listed number and
@@ -18,6 +18,7 @@ LLMFAST_EMULATE_CUDA=1 builds nothing but `_cuda`, with the C++ compiler, on emu
 functions take CPU tensors, for tests.
 """
 
+import fcntl
 import os
 import platform
 import shlex
@@ -55,7 +56,7 @@ AVX512_FLAGS = [
 ]
 AVX512BF16_FLAGS = [*AVX512_FLAGS, "-mavx512bf16"]
 AMX_FLAGS = [*AVX512BF16_FLAGS, "-mamx-tile", "-mamx-bf16"]
-EMULATED_FLAGS = [*AVX2_FLAGS, "-DLLMFAST_EMULATED", f"-I{CSRC / 'simd' / 'emulated'}"]
+EMULATED_FLAGS = [*AVX2_FLAGS, f"-I{CSRC / 'simd' / 'emulated'}"]
 
 TARGET_FLAGS = {
     "ref": [],
@@ -70,7 +71,7 @@ if EMULATE:
     TARGET_FLAGS.update({target: [*EMULATED_FLAGS, "-DLLMFAST_WIDTH=512"] for target in EMULATED_TARGETS})
 
 SANITIZER_FLAGS = ["-fsanitize=address,undefined"] if SANITIZE else []
-# Targets that are checked: without the emulation the others rarely run, and they take most of the compile time.
+# Targets that are checked: without the emulation the others rarely run. Theirs are the objects of any other build.
 SANITIZED = ("base", "ref", "avx2", *(EMULATED_TARGETS if EMULATE else []))
 
 SUFFIX_TARGETS = {
@@ -104,9 +105,14 @@ def compiler() -> list[str]:
 
 
 def sanitizer_flags(target: str) -> list[str]:
-    if not SANITIZE:
+    if not SANITIZE or target not in SANITIZED:
         return []
-    return ["-O1", "-g1", "-fno-omit-frame-pointer", *(SANITIZER_FLAGS if target in SANITIZED else [])]
+    return ["-O1", "-g1", "-fno-omit-frame-pointer", *SANITIZER_FLAGS]
+
+
+def kind(emulated: bool, sanitized: bool) -> str:
+    """The folder, in a build folder, of what is compiled so: the folder itself for neither."""
+    return "-".join(word for word, holds in (("emulated", emulated), ("sanitized", sanitized)) if holds)
 
 
 def write_if_changed(path: Path, text: str) -> None:
@@ -144,7 +150,8 @@ def bindings(build_dir: Path, sources: list[Path]):
     includes = sorted(path.relative_to(CSRC) for path in sources)
     write_if_changed(all_of_them, "".join(f'#include "{path.as_posix()}"\n' for path in includes))
     python = [f"-isystem{linked_pybind11(build_dir)}", f"-isystem{sysconfig.get_paths()['include']}"]
-    return all_of_them, build_dir / "bindings.base.o", ["-O1", *python, *sanitizer_flags("base")]
+    target = build_dir / kind(False, SANITIZE) / "bindings.base.o"
+    return all_of_them, target, ["-O1", *python, *sanitizer_flags("base")]
 
 
 def cpu_objects(build_dir: Path):
@@ -161,9 +168,11 @@ def cpu_objects(build_dir: Path):
                 continue
             defines = [f"-DLLMFAST_TARGET={target}", f"-DLLMFAST_TARGET_{target.upper()}"]
             flags = [] if target == "base" else [*TARGET_FLAGS[target], *defines]
-            flags += sanitizer_flags(target)
+            emulated = EMULATE and (target in EMULATED_TARGETS or source.name == "isa.cpp")
+            flags += [*(["-DLLMFAST_EMULATED"] if emulated else []), *sanitizer_flags(target)]
             name = str(source.relative_to(CSRC).with_suffix("")).replace(os.sep, "-")
-            yield source, build_dir / f"{name}.{target}.o", flags
+            folder = build_dir / kind(emulated, SANITIZE and target in SANITIZED)
+            yield source, folder / f"{name}.{target}.o", flags
 
 
 def arch_flags(source: Path) -> list[str]:
@@ -202,8 +211,8 @@ def cuda_objects(build_dir: Path):
 
 
 def write_ninja(build_dir: Path, output: Path, cuda: bool) -> None:
-    build_dir.mkdir(parents=True, exist_ok=True)
-    defines = (["-DLLMFAST_X86"] if IS_X86 else []) + (["-DLLMFAST_EMULATED"] if EMULATE else [])
+    """Writes output's build.ninja beside it."""
+    defines = ["-DLLMFAST_X86"] if IS_X86 else []
     escape = lambda path: str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")  # noqa: E731
     cxx = shlex.join(compiler())
     with_nvcc = cuda and not EMULATE_CUDA
@@ -229,12 +238,13 @@ def write_ninja(build_dir: Path, output: Path, cuda: bool) -> None:
         lines.append(f"build {escape(target)}: {rule} {escape(source)}\n  flags = {shlex.join(flags)}")
         outputs.append(escape(target))
     lines.append(f"build {escape(output)}: link {' '.join(outputs)}")
-    write_if_changed(build_dir / "build.ninja", "\n".join(lines) + "\n")
+    write_if_changed(output.with_name("build.ninja"), "\n".join(lines) + "\n")
 
 
 class NinjaBuild(build_ext):
     def build_extensions(self) -> None:
         """Both modules at once: their slow files are few, and each would leave most cores of a large machine idle."""
+        self.locks = []
         started = [self.start(ext) for ext in reversed(self.extensions)]  # _cuda, which takes longer, first
         codes = [ninja.wait() for ninja, _, _ in started]
         if any(codes):
@@ -251,13 +261,16 @@ class NinjaBuild(build_ext):
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
         cuda = ext.name == "llmfast._cuda"
-        emulated = EMULATE_CUDA if cuda else EMULATE
-        tag = f"{sysconfig.get_config_var('SOABI')}{'-emulated' if emulated else ''}{'-sanitized' if SANITIZE else ''}"
-        folder = f"{'cuda' if cuda else 'native'}-{tag}"
+        folder = f"{'cuda' if cuda else 'native'}-{sysconfig.get_config_var('SOABI')}"
+        folder += "-emulated" if cuda and EMULATE_CUDA else ""
         build_dir = Path(os.environ.get("LLMFAST_BUILD_DIR") or ROOT / "build").resolve() / folder
-        write_ninja(build_dir, build_dir / output.name, cuda)
-        command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build_dir)]
-        return subprocess.Popen(command), build_dir / output.name, output
+        built = build_dir / kind(EMULATE and not cuda, SANITIZE) / output.name
+        built.parent.mkdir(parents=True, exist_ok=True)
+        self.locks.append((build_dir / "lock").open("w"))
+        fcntl.flock(self.locks[-1], fcntl.LOCK_EX)  # one build at a time: ninja's log in the folder is of all kinds
+        write_ninja(build_dir, built, cuda)
+        command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build_dir), "-f", str(built.with_name("build.ninja"))]
+        return subprocess.Popen(command), built, output
 
 
 modules = ["llmfast._cuda"] if EMULATE_CUDA else ["llmfast._cpu", *(["llmfast._cuda"] if cuda_is_wanted() else [])]

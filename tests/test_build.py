@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 import zipfile
@@ -66,3 +67,24 @@ def test_missing_compiler_is_said_in_one_sentence(tmp_path):
     assert result.returncode != 0
     assert "building needs a C++17 compiler with OpenMP, and none was found" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_kinds_of_build_share_what_they_have_in_common(tmp_path):
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        pytest.skip("other processors have one target, and nothing to emulate")
+    compiler, calls = tmp_path / "compiler", tmp_path / "calls"
+    compiler.write_text(f'#!/bin/sh\nfor out; do :; done\n: >"$out"\necho "$out" >>{calls}\n')  # -o is its last
+    compiler.chmod(0o755)
+
+    def compiled(**kind: str) -> set[str]:
+        calls.write_text("")
+        result = run(sys.executable, str(ROOT / "setup.py"), "-q", "build_ext", "--build-lib", str(tmp_path / "lib"),
+                     CXX=str(compiler), LLMFAST_BUILD_DIR=str(tmp_path / "objects"), LLMFAST_CUDA="off", **kind)  # fmt: skip
+        assert result.returncode == 0, result.stderr[-3000:]
+        return {Path(line).name for line in calls.read_text().splitlines() if line.endswith(".o")}
+
+    objects = compiled(LLMFAST_EMULATE_ISA="0")
+    emulated = {name for name in objects if name.split(".")[1] in ("avx512", "avx512bf16", "amx")}
+    assert {name.split(".")[1] for name in objects - emulated} == {"base", "ref", "avx2"}
+    assert compiled(LLMFAST_EMULATE_ISA="1") == emulated | {"core-isa.base.o"}
+    assert compiled(LLMFAST_SANITIZE="1") == objects - emulated

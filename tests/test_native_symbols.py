@@ -33,9 +33,8 @@ FORBIDDEN = {
 @pytest.fixture(scope="module")
 def objects() -> dict[str, list[Path]]:
     """The build tree's object files by target."""
-    emulated = "-emulated" if backend.native().emulated else ""
     build = Path(os.environ.get("LLMFAST_BUILD_DIR") or ROOT / "build")
-    folder = build / f"native-{sysconfig.get_config_var('SOABI')}{emulated}"
+    folder = build / f"native-{sysconfig.get_config_var('SOABI')}" / ("emulated" if backend.native().emulated else "")
     listed = folder / "build.ninja"
     if not listed.exists():
         pytest.skip(f"no build tree at {folder} (llmfast comes from a wheel, not from this checkout)")

@@ -36,11 +36,7 @@ static py::list implementations(const std::string& op) {
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "llmfast's CPU kernels. Private: call them through llmfast.ops.";
-#ifdef LLMFAST_EMULATED
-  m.attr("emulated") = true;
-#else
-  m.attr("emulated") = false;
-#endif
+  m.attr("emulated") = is_emulated();
   m.def("ops", [] {
     std::vector<std::string> names;
     for (const OpInfo& info : op_registry()) names.push_back(info.name);

@@ -76,30 +76,22 @@ const Features& features() {
 
 bool has_avx2() { return features().avx2 && features().fma && features().f16c && features().os_saves_ymm; }
 
-bool has_avx512() {
 #ifdef LLMFAST_EMULATED
-  return has_avx2();
+constexpr bool kEmulated = true;  // needs AVX2
 #else
-  const Features& f = features();
-  return has_avx2() && f.avx512f && f.avx512bw && f.avx512vl && f.avx512dq && f.os_saves_zmm;
+constexpr bool kEmulated = false;
 #endif
+
+bool has_avx512() {
+  const Features& f = features();
+  return has_avx2() && (kEmulated || (f.avx512f && f.avx512bw && f.avx512vl && f.avx512dq && f.os_saves_zmm));
 }
 
-bool has_avx512bf16() {
-#ifdef LLMFAST_EMULATED
-  return has_avx2();
-#else
-  return has_avx512() && features().avx512bf16;
-#endif
-}
+bool has_avx512bf16() { return has_avx512() && (kEmulated || features().avx512bf16); }
 
 bool has_amx() {
-#ifdef LLMFAST_EMULATED
-  return has_avx2();
-#else
   const Features& f = features();
-  return has_avx512bf16() && f.amx_tile && f.amx_bf16 && f.os_permits_amx;
-#endif
+  return has_avx512bf16() && (kEmulated || (f.amx_tile && f.amx_bf16 && f.os_permits_amx));
 }
 
 Isa cap_from_environment() {
@@ -150,6 +142,8 @@ Isa active_isa() {
 }
 
 void set_isa_cap(Isa value) { cap().store(value, std::memory_order_relaxed); }
+
+bool is_emulated() { return kEmulated; }
 
 std::string why_unavailable(Isa isa) {
   if (isa <= active_isa()) return "";

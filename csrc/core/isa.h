@@ -14,6 +14,7 @@ bool parse_isa(const std::string& name, Isa* isa);
 Isa detected_isa();                   // best that the machine supports
 Isa active_isa();                     // min(detected, cap)
 void set_isa_cap(Isa cap);
+bool is_emulated();                    // AVX-512 and AMX, in C++
 std::string why_unavailable(Isa isa);  // "" if available, else one clause for people
 std::vector<std::string> cpu_features();
 std::string cpu_name();
