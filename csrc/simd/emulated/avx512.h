@@ -143,9 +143,9 @@ inline void store_aligned(void* p, V v) {
   require_aligned(p);
   store_unaligned(p, v);
 }
-// Lanes whose mask bit is clear are neither read nor written.
+// Lanes whose mask bit is clear are neither read nor written. Calls, for inlined they would be most of what is compiled.
 template <class V, class T>
-inline V load_masked(uint32_t mask, const void* p) {
+__attribute__((noinline)) V load_masked(uint32_t mask, const void* p) {
   Lanes<T, V> r;
   for (int i = 0; i < r.kCount; ++i) {
     r.at[i] = 0;
@@ -154,7 +154,7 @@ inline V load_masked(uint32_t mask, const void* p) {
   return r.vector();
 }
 template <class T, class V>
-inline void store_masked(void* p, uint32_t mask, V v) {
+__attribute__((noinline)) void store_masked(void* p, uint32_t mask, V v) {
   const auto from = lanes<T>(v);
   for (int i = 0; i < from.kCount; ++i)
     if (mask >> i & 1) __builtin_memcpy(static_cast<char*>(p) + i * sizeof(T), &from.at[i], sizeof(T));
