@@ -56,7 +56,7 @@ AVX512_FLAGS = [
 ]
 AVX512BF16_FLAGS = [*AVX512_FLAGS, "-mavx512bf16"]
 AMX_FLAGS = [*AVX512BF16_FLAGS, "-mamx-tile", "-mamx-bf16"]
-EMULATED_FLAGS = [*AVX2_FLAGS, f"-I{CSRC / 'simd' / 'emulated'}"]
+EMULATED_FLAGS = ["-O1", *AVX2_FLAGS, f"-I{CSRC / 'simd' / 'emulated'}"]
 
 TARGET_FLAGS = {
     "ref": [],
