@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from llmfast import backend
+from llmfast.ops._native_op import overrides_torch
 
 __all__ = ["AdamW", "clip_grad_norm"]
 
@@ -23,8 +24,9 @@ class AdamW(torch.optim.Optimizer):
     reads each gradient once and writes parameter and state in the same pass, threads sharing all elements evenly.
 
     Args:
-        params: tensors or parameter groups, as for every torch optimizer; float32, bfloat16, float16 (or float64, which
-            runs in plain torch), dense, any order of dimensions. Gradients have the parameter's dtype or float32.
+        params: tensors or parameter groups, as for every torch optimizer; float32, bfloat16, float16 (or float64 and
+            DTensors, as FSDP has them, which run in plain torch), dense, any order of dimensions. Gradients have the
+            parameter's dtype or float32.
         lr, betas, eps, weight_decay: as in `torch.optim.AdamW`; a group may override each.
 
     State per parameter: ``step``, ``exp_avg``, ``exp_avg_sq`` and, for bfloat16 and float16 parameters, ``master``, the
@@ -94,7 +96,7 @@ class AdamW(torch.optim.Optimizer):
                     row = (p, grad, state["exp_avg"], state["exp_avg_sq"], master, state["step"], index)
                     rows.setdefault(p.device, []).append(row)
                 else:
-                    backend.count_fallback("adamw", f"no kernel for {p.dtype} on {p.device.type}")
+                    backend.count_fallback("adamw", _why_not_native(p))
                     _step_in_torch(p, grad, state, group, grad_scale)
         hyper = [(float(g["lr"]), *g["betas"], g["eps"], g["weight_decay"]) for g in self.param_groups]
         for device, of_device in rows.items():
@@ -211,8 +213,9 @@ def clip_grad_norm(
         if module := _module_for(grad):
             native.setdefault(grad.device, []).append(grad if module.is_dense(grad) else grad.contiguous())
         else:
-            backend.count_fallback("grad_norm", f"no kernel for {grad.dtype} on {grad.device.type}")
-            squares += torch.linalg.vector_norm(grad, dtype=torch.float64).item() ** 2
+            backend.count_fallback("grad_norm", _why_not_native(grad))
+            square = grad.double().square().sum()
+            squares += (square.full_tensor() if hasattr(square, "full_tensor") else square).item()  # a DTensor's parts
     on_gpu = [of_device for device, of_device in native.items() if _runs_on_gpu(device)]
     if len(on_gpu) == len(native) == 1 and squares == 0.0:
         norm, scale = _clip_on_gpu(on_gpu[0], grad_scale, max_norm)
@@ -233,11 +236,15 @@ def _runs_on_gpu(device: torch.device) -> bool:
 
 def _module_for(t: torch.Tensor) -> ModuleType | None:
     """The native module that takes `t`, if one does."""
-    if t.dtype not in _NATIVE or t.dim() > 6:
+    if t.dtype not in _NATIVE or t.dim() > 6 or overrides_torch(t):
         return None
     if t.is_cpu:
         return backend.native()
     return None if backend.why_not_native(t.device) else backend.native_cuda()
+
+
+def _why_not_native(t: torch.Tensor) -> str:
+    return f"a {type(t).__name__}" if overrides_torch(t) else f"no kernel for {t.dtype} on {t.device.type}"
 
 
 def _step_on_cpu(params, grads, exp_avgs, exp_avg_sqs, masters, steps, group_of, hyper, grad_scale) -> None:

@@ -221,6 +221,29 @@ def test_other_dtypes_run_in_torch(monkeypatch):
         ours.step()
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_sharded_parameters_run_in_torch(tmp_path):
+    """Those of FSDP are DTensors, whose memory no kernel sees."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        plain, x = torch.nn.Sequential(torch.nn.Linear(5, 6), torch.nn.Linear(6, 3)), torch.randn(4, 5)
+        sharded = torch.distributed.fsdp.fully_shard(copy.deepcopy(plain))
+        optimizers = llmfast.AdamW(sharded.parameters(), lr=0.1), torch.optim.AdamW(plain.parameters(), lr=0.1)
+        for _ in range(3):
+            for model, optimizer in zip((sharded, plain), optimizers):
+                optimizer.zero_grad()
+                model(x).square().sum().backward()
+            norm, scale = llmfast.clip_grad_norm(sharded.parameters(), 1.0)
+            expected = torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+            assert norm == pytest.approx(expected.item(), rel=1e-5)
+            optimizers[0].step(grad_scale=scale)
+            optimizers[1].step()
+        for ours, theirs in zip(sharded.parameters(), plain.parameters()):
+            torch.testing.assert_close(ours.full_tensor(), theirs)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_errors_name_the_argument():
     with pytest.raises(ValueError, match=r"lr: got -1.0, expected >= 0"):
         llmfast.AdamW([torch.zeros(1, requires_grad=True)], lr=-1.0)
