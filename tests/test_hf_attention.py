@@ -222,6 +222,34 @@ def test_layers_with_masks_of_their_own(name, side):
     assert ours[2].tolist() == expected[2].tolist()
 
 
+OWN_ATTENTION = {  # which takes no other by `set_attn_implementation`, but is loaded with any
+    "bloom": dict(hidden_size=32, n_layer=2, n_head=4),
+    "mpt": dict(d_model=32, n_layers=2, n_heads=4, max_seq_len=64),
+    "xglm": dict(d_model=32, num_layers=2, attention_heads=4, ffn_dim=48, dropout=0.0, attention_dropout=0.0),
+}
+
+
+@pytest.mark.parametrize("side", [None, "left"])
+@pytest.mark.parametrize("name", OWN_ATTENTION)
+def test_models_with_attention_of_their_own(name, side):
+    """They are handed this integration's masks all the same, and apply them by themselves."""
+    ids, mask = _batch(side=side)
+    both = []
+    for implementation in ("eager", "llmfast"):
+        torch.manual_seed(0)
+        config = CONFIG_MAPPING[name](vocab_size=V, pad_token_id=0, **OWN_ATTENTION[name])
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
+        assert model.config._attn_implementation == implementation
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(std=0.2)
+        text = model.generate(ids, attention_mask=mask, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+        both.append((model(ids, attention_mask=mask).logits[mask == 1], text))
+    torch.testing.assert_close(both[1][0], both[0][0], atol=2e-5, rtol=1e-5)
+    assert both[1][1].tolist() == both[0][1].tolist()
+
+
 def _git():
     vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, image_size=16)
     options = {key: value for key, value in TINY.items() if key != "num_key_value_heads"}
@@ -525,40 +553,89 @@ def _build(q=8, k=8, q_offset=0, kv_offset=0, padding=None, window=None, **optio
 
 def test_masks_stay_small():
     padding = torch.ones(2, 8, dtype=torch.bool)
-    assert _build() is None
-    assert _build(padding=padding) is None
-    assert _build(q=2, q_offset=6) is None
-    assert _build(window=9) is None
-    padding[0, :3] = False
-    for mask, window, keys, rows in (
-        (_build(padding=padding), None, 8, 2),
-        (_build(padding=padding, window=3), 3, 8, 2),
-        (_build(window=3), 3, 8, 0),
-        (_build(k=20, q=3, q_offset=4), None, 7, 0),  # a static cache: 20 slots, 7 filled
-        (_build(k=20, q=3, q_offset=torch.tensor(4)), None, 7, 0),
-        (_build(k=9, q=3, q_offset=17, kv_offset=11, window=7), 7, 9, 0),  # a sliding cache
+    cut = padding.clone()
+    cut[0, :3] = False
+    for mask, window, keys, seen in (
+        (_build(), None, 8, None),
+        (_build(padding=padding), None, 8, None),
+        (_build(q=2, q_offset=6), None, 8, None),
+        (_build(window=9), None, 8, None),
+        (_build(padding=cut), None, 8, cut),
+        (_build(padding=cut, window=3), 3, 8, cut),
+        (_build(window=3), 3, 8, None),
+        (_build(k=20, q=3, q_offset=4), None, 7, None),  # a static cache: 20 slots, 7 filled
+        (_build(k=20, q=3, q_offset=torch.tensor(4)), None, 7, None),
+        (_build(k=9, q=3, q_offset=17, kv_offset=11, window=7), 7, 9, None),  # a sliding cache
     ):
-        assert mask.untyped_storage().nbytes() == rows * keys
         found = masks.read(mask, causal=False)
-        assert (found.causal, found.window, found.keys) == (True, window, keys)
-        assert (found.visible is None) == (rows == 0)
+        assert (found.causal, found.window, found.keys or mask.shape[3]) == (True, window, keys)
+        assert found.visible is seen or torch.equal(found.visible[:, 0, 0], seen)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("sizes", [(8, 8, 0, 0), (3, 20, 4, 0), (3, 9, 17, 11), (1, 12, 11, 0)])
-def test_masks_mean_what_transformers_says(sizes, window):
+def test_masks_mean_what_transformers_says(sizes, window, dtype):
+    """To layers that do not know it, a mask is the one that transformers makes for eager attention."""
     q, k, q_offset, kv_offset = sizes
     padding = torch.ones(2, q_offset + q, dtype=torch.bool)
-    padding[0, : kv_offset + 2] = False
     function = masks.causal_mask_function
     if window:
         function = transformers.masking_utils.sliding_window_causal_mask_function(window)
-    options = dict(attention_mask=padding, local_size=window, device="cpu")
-    expected = masks.sdpa_mask(2, *sizes, function, **options, allow_is_causal_skip=False)
-    found = masks.read(masks.build(2, *sizes, function, **options), causal=True)
-    keys = found.keys or k
-    assert not expected[..., keys:].any()
-    torch.testing.assert_close(masks.dense(found, q, keys, "cpu").expand(2, 1, q, keys), expected[..., :keys])
+    for cut in (0, kv_offset + 2):
+        padding[0, :cut] = False
+        options = dict(attention_mask=padding, local_size=window, device="cpu", dtype=dtype)
+        expected = transformers.masking_utils.eager_mask(2, *sizes, function, **options)
+        mask = masks.build(2, *sizes, function, **options)
+        assert (mask.shape, mask.dtype, mask.device) == (expected.shape, dtype, expected.device)
+        torch.testing.assert_close(mask + 0, expected, atol=0, rtol=0)
+        assert torch.equal(mask[:, :, -1:], expected[:, :, -1:])
+        assert torch.equal(torch.cat([mask, mask], -1), torch.cat([expected, expected], -1))
+
+
+def test_masks_of_packed_sequences_and_both_directions():
+    bidirectional = masks.bidirectional_mask_function
+    padding = torch.ones(2, 6, dtype=torch.bool)
+    padding[1, 4:] = False
+    options = dict(attention_mask=padding, mask_function=bidirectional)
+    assert torch.equal(masks.build(2, 6, 6, **options) + 0, transformers.masking_utils.eager_mask(2, 6, 6, **options))
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]])
+    config, embeds, both = LlamaConfig(**TINY), torch.zeros(2, 6, 32), []
+    for implementation in ("eager", "llmfast"):
+        config._attn_implementation = implementation
+        both.append(transformers.masking_utils.create_causal_mask(config, embeds, None, None, position_ids=positions))
+    assert both[1].mask.cu_seqlens.tolist() == [0, 3, 5, 6, 12]
+    assert torch.equal(both[1] + 0, both[0])
+
+
+def test_masks_take_what_a_layer_writes():
+    for write in (
+        lambda mask: mask.masked_fill_(torch.eye(8, dtype=torch.bool), -5.0),
+        lambda mask: mask.__setitem__((..., 0), -5.0),
+        lambda mask: mask.__iadd__(torch.eye(8)),
+    ):
+        mask, expected = (
+            _build(window=3),
+            transformers.masking_utils.eager_mask(
+                2, 8, 8, mask_function=transformers.masking_utils.sliding_window_causal_mask_function(3)
+            ).contiguous(),
+        )
+        write(mask)
+        write(expected)
+        assert torch.equal(masks.read(mask, True).visible, expected) and torch.equal(mask + 0, expected)
+
+
+def test_masks_survive_moves_and_casts():
+    padding = torch.ones(2, 8, dtype=torch.bool)
+    padding[0, :3] = False
+    mask = _build(padding=padding, window=3)
+    assert mask.detach() is mask and mask.contiguous() is mask
+    narrow = mask.to(torch.bfloat16)
+    assert narrow.dtype == torch.bfloat16 and narrow.mask == mask.mask
+    moved = mask.to(device="meta", non_blocking=True)
+    assert moved.device.type == moved.mask.visible.device.type == "meta" and moved.mask.window == 3
+    assert type(mask.to(torch.zeros(1, dtype=torch.float64))) is torch.Tensor
+    assert torch.equal(mask.to(torch.bool), (mask + 0) != 0)  # as MPT does
 
 
 def test_import_stays_lazy():

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from llmfast import backend, ops
-from llmfast.integrations.transformers.masks import Mask, dense, read
+from llmfast.integrations.transformers.masks import Mask, dense, read, same_segment
 from llmfast.ops._flops import attention as attention_flops
 from llmfast.ops._native_op import NativeOp, autocast, overrides_torch
 from llmfast.ops.attention import attention_backward
@@ -108,8 +108,7 @@ def _packed(query, key, value, mask: Mask, bounds_q, bounds_k, dropout, scaling,
     B, _, Tq, _ = query.shape
     reason = _why_plain(query, dropout, sinks)
     if reason or sinks is not None:
-        segment_q, segment_k = _segments(bounds_q, B, Tq), _segments(bounds_k, B, key.shape[2])
-        visible = (segment_q[:, :, None] == segment_k[:, None, :])[:, None]
+        visible = same_segment(bounds_q, bounds_k, B, Tq, key.shape[2])
         if mask.causal:
             visible = visible & dense(Mask(True, mask.window), Tq, key.shape[2], query.device)
         mask = Mask(False, visible=visible)
@@ -124,11 +123,6 @@ def _packed(query, key, value, mask: Mask, bounds_q, bounds_k, dropout, scaling,
         q, k, v, bounds_q, bounds_k, causal=mask.causal, window=window, scale=scaling, softcap=softcap
     )
     return out.view(B, Tq, *out.shape[1:])
-
-
-def _segments(bounds: Tensor, B: int, T: int) -> Tensor:
-    """Which sequence each of the B * T tokens belongs to: ``[B, T]``."""
-    return torch.bucketize(torch.arange(B * T, device=bounds.device), bounds[1:], right=True).view(B, T)
 
 
 def _selected(indices: Tensor, mask: Tensor | None, key: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ since  name here                     before
 =====  ============================  ==================================================================================
 5.4    `require_supported`           layers took a `cache_position` in the midst of their arguments, static caches and
                                      masks needed it, and blocks returned tuples: not supported
-5.23   `packed_pattern`              packed sequences were an overlay after the causal or sliding pattern, not one
-                                     before that pattern in positions that start again
+5.23   `packed_pattern`              packed sequences were an overlay on the causal or sliding pattern, not on that
+                                     pattern in positions that start again; in either order
 5.24   `given_cache`, `with_cache`   a layer's cache was `past_key_values`, in GPT-NeoX `layer_past`
 =====  ============================  ==================================================================================
 """
@@ -50,14 +50,16 @@ def packed_pattern(mask_function: Callable) -> tuple[Callable, Tensor] | None:
     if not is_and(mask_function):
         return None
     functions = closure(mask_function)["mask_functions"]
-    codes = [f.__code__ for f in functions]
-    if _REMAPPED is None and len(codes) == 2 and codes[1] is _PACKED:
-        pattern, packed = functions
-    elif _REMAPPED is not None and codes == [_PACKED, _REMAPPED]:
-        packed, pattern = functions[0], closure(functions[1])["mask_function"]
-    else:
+    packed = [f for f in functions if f.__code__ is _PACKED]
+    others = [f for f in functions if f.__code__ is not _PACKED]
+    if len(packed) != 1 or len(others) != 1:
         return None
-    return pattern, closure(packed)["packed_sequence_mask"]
+    pattern = others[0]
+    if _REMAPPED is not None:
+        if pattern.__code__ is not _REMAPPED:
+            return None
+        pattern = closure(pattern)["mask_function"]
+    return pattern, closure(packed[0])["packed_sequence_mask"]
 
 
 CACHE_NAMES = ("cache", "past_key_values", "layer_past")

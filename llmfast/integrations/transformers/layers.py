@@ -20,6 +20,7 @@ from transformers.utils.import_utils import is_tracing
 from llmfast import ops
 from llmfast.integrations.transformers.attention import attention_forward
 from llmfast.integrations.transformers.compat import CACHE_NAMES, given_cache, with_cache
+from llmfast.integrations.transformers.masks import Mask, MaskTensor, read
 from llmfast.ops._native_op import is_plain, overrides_torch
 
 __all__ = ["ACTIVATIONS", "REPLACEMENTS", "is_ours"]
@@ -479,14 +480,14 @@ def bert_encoder(self: nn.Module, hidden_states: Tensor, attention_mask: Tensor 
 
 def _present(encoder: nn.Module, x: Tensor, mask: Tensor | None, kwargs: dict) -> Tensor | None:
     """Which tokens are there, ``[B, T]``, if that is all that `mask` says and nobody looks at what is between the layers."""
-    if mask is None or mask.dtype != torch.bool or mask.shape != (x.shape[0], 1, x.shape[1], x.shape[1]):
+    if type(mask) is not MaskTensor or torch.compiler.is_compiling() or is_tracing(x):
         return None
-    config = encoder.config
-    if mask.stride(2) != 0 or config.chunk_size_feed_forward or config._attn_implementation != "llmfast":
+    said = read(mask, False)
+    present = said.visible
+    if said != Mask(False, visible=present) or present.dtype != torch.bool or present.shape != (x.shape[0], 1, 1, x.shape[1]):
+        return None
+    if encoder.config.chunk_size_feed_forward or not all(_unhooked(m) for m in encoder.layer.modules()):
         return None
     if kwargs.get("cu_seq_lens_q") is not None or any(kwargs.get(name) is not None for name in CACHE_NAMES):
         return None
-    if torch.compiler.is_compiling() or is_tracing(x) or not all(_unhooked(m) for m in encoder.layer.modules()):
-        return None
-    present = mask[:, 0, 0]
-    return present if 0 < int(present.sum()) <= _WORTH_SKIPPING * present.numel() else None
+    return present[:, 0, 0] if 0 < int(present.sum()) <= _WORTH_SKIPPING * present.numel() else None

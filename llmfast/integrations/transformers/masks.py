@@ -2,22 +2,13 @@
 
 transformers builds one mask per forward pass and hands it to every layer as an opaque 4-D tensor. Causality, a sliding
 window and padding need no such table: the kernel takes the first two as numbers and padding as one row per sequence.
-`causal_mask` says so in tensors that no caller's own mask can be, and `read` takes them apart:
+`build` says so in a `Mask`, inside a tensor that has the shape and dtype of eager attention's mask and no memory,
+`MaskTensor`; `read` takes it out. Not every layer that is handed a mask calls the attention function with it: some have
+attention of their own (BLOOM, Falcon, a part of GIT), some add columns or take rows away (DeepSeek-V4, Gemma 4). To
+whatever else than `read` it is given, a `MaskTensor` is the mask that such code was written for, made at that moment.
 
-======  ===============================  ==============================================================================
-dtype   shape                            meaning
-======  ===============================  ==============================================================================
-int8    ``[B or 0, 1 + window, Tq, n]``  causal, bottom-right aligned on the first n keys; the last dimension is 1 where
-                                         a key may be seen, the first one empty if all may. window 0: no limit.
-int32   ``[1, 1 + window, 1, S + 1]``    packed sequences: offsets of S sequences in the B * T tokens, each causal
-bool    broadcasts to [B, Hq, Tq, Tk]    True where a query may look; nothing is implied
-float   broadcasts to [B, Hq, Tq, Tk]    added to the scores; nothing is implied
-======  ===============================  ==============================================================================
-
-Dimensions 1 and 2 have stride 0: they carry numbers in a form that torch.compile, checkpointing and accelerate's moves
-between devices keep. Sliced to the last queries (Gemma 4 does that), a mask is the mask of these. Whatever is not
-recognised (chunks, blocks, a caller's own mask function) is built densely by transformers' own `sdpa_mask`, which is
-always right.
+Whatever is not recognised (chunks, blocks, a caller's own mask function) is built densely by transformers' own
+`sdpa_mask`, which is always right.
 """
 
 from __future__ import annotations
@@ -26,11 +17,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from transformers.masking_utils import (
     bidirectional_mask_function,
     causal_mask_function,
-    eager_mask,
     prepare_padding_mask,
     sdpa_mask,
     sliding_window_overlay,
@@ -39,23 +31,112 @@ from transformers.utils.import_utils import is_tracing
 
 from llmfast.integrations.transformers.compat import closure, is_and, packed_pattern
 
-__all__ = ["Mask", "build", "dense", "read"]
+__all__ = ["Mask", "MaskTensor", "build", "dense", "read", "same_segment"]
 
 _SLIDING = sliding_window_overlay(1).__code__
-# Written for eager attention alone, which always has a dense additive mask: DeepSeek-V4's layers append columns to it,
-# Gemma 4's audio encoder cuts it into blocks, GIT adds it to scores of its own, the others' causal layers do not say
-# that they are causal.
-_EAGER_ONLY = ("bigbird_pegasus", "deepseek_v4", "gemma4_audio", "git", "informer", "nllb-moe", "pegasus_x")
 
 
 class Mask(NamedTuple):
-    """A mask taken apart. `keys`: how many of the keys count (None: all); `visible`: bool or float, broadcastable."""
+    """What a query may look at. `causal` is aligned bottom-right, on the first `keys` keys.
+
+    window: a query sees itself and the window - 1 keys before it. keys: how many of the keys count (None: all).
+    visible: bool, True where a query may look, or float, added to the scores; broadcasts to ``[B, Hq, Tq, keys]``.
+    cu_seqlens: bounds of packed sequences in the B * T tokens.
+    """
 
     causal: bool
     window: int | None = None
     keys: int | None = None
     visible: Tensor | None = None
     cu_seqlens: Tensor | None = None
+
+
+class MaskTensor(Tensor):
+    """A `Mask` in the place of the mask ``[B, 1, Tq, Tk]`` that eager attention adds to its scores.
+
+    Shape, dtype and device are that mask's; every other use makes it. torch.compile, checkpointing and moves between
+    devices keep the `Mask`.
+    """
+
+    mask: Mask
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in _DESCRIBES:
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **kwargs)
+        if function in _KEEPS:
+            return args[0]
+        if function is Tensor.to and not any(isinstance(given, Tensor) for given in args[1:]):
+            like = torch.empty(0, dtype=args[0].dtype, device=args[0].device).to(*args[1:], **kwargs)
+            if like.is_floating_point():
+                return _present(_moved(args[0].mask, like.device), args[0].shape, like.dtype, like.device)
+        plain_args, kwargs = tree_map_only(MaskTensor, _additive, (args, kwargs))
+        result = function(*plain_args, **kwargs)
+        if _writes(function.__name__) and type(args[0]) is MaskTensor:
+            args[0].mask = Mask(False, visible=plain_args[0])
+        return result
+
+
+def _writes(name: str) -> bool:
+    """Whether a method of that name changes its tensor: ``masked_fill_``, ``__setitem__``, ``__iadd__``."""
+    return name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+
+
+_KEEPS = {Tensor.contiguous, Tensor.detach}
+_DESCRIBES = {
+    Tensor.device.__get__,
+    Tensor.dim,
+    Tensor.dtype.__get__,
+    Tensor.grad.__get__,
+    Tensor.grad_fn.__get__,
+    Tensor.is_cpu.__get__,
+    Tensor.is_cuda.__get__,
+    Tensor.is_floating_point,
+    Tensor.is_leaf.__get__,
+    Tensor.is_sparse.__get__,
+    Tensor.layout.__get__,
+    Tensor.ndim.__get__,
+    Tensor.numel,
+    Tensor.requires_grad.__get__,
+    Tensor.requires_grad.__set__,
+    Tensor.shape.__get__,
+    Tensor.size,
+    Tensor.stride,
+}
+
+
+def _present(mask: Mask, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    # what reads it past __torch_function__ shall notice
+    tensor = torch.full((), float("nan"), dtype=dtype, device=device).expand(shape)
+    if type(tensor) is not Tensor:  # a fake tensor of torch.export, which cannot be another class too
+        return _as_additive(mask, shape, dtype, tensor.device)
+    tensor = tensor.as_subclass(MaskTensor)
+    tensor.mask = mask
+    return tensor
+
+
+def _moved(mask: Mask, device: torch.device) -> Mask:
+    parts = {name: getattr(mask, name) for name in ("visible", "cu_seqlens")}
+    return mask._replace(**{name: None if part is None else part.to(device) for name, part in parts.items()})
+
+
+def _additive(tensor: MaskTensor) -> Tensor:
+    return _as_additive(tensor.mask, tensor.shape, tensor.dtype, tensor.device)
+
+
+def _as_additive(mask: Mask, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """As `transformers.masking_utils.eager_mask` makes it."""
+    B, _, Tq, Tk = shape
+    keys = Tk if mask.keys is None else mask.keys
+    visible = dense(mask, Tq, keys, device)
+    if visible.is_floating_point():  # written into
+        return visible
+    if mask.cu_seqlens is not None:
+        visible = visible & same_segment(mask.cu_seqlens, mask.cu_seqlens, B, Tq, Tk)
+    visible = F.pad(visible, (0, Tk - keys)).expand(shape)
+    return torch.where(visible, torch.zeros((), dtype=dtype, device=device), torch.finfo(dtype).min)
 
 
 def build(
@@ -71,14 +152,13 @@ def build(
     allow_is_bidirectional_skip: bool = False,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
     config=None,
     **kwargs,
 ) -> Tensor | None:
     """transformers' mask interface; arguments as `transformers.masking_utils.sdpa_mask` has them."""
     asked = (batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask)
-    if getattr(config, "model_type", None) in _EAGER_ONLY:
-        skip = allow_is_bidirectional_skip
-        return eager_mask(*asked, allow_is_bidirectional_skip=skip, use_vmap=use_vmap, device=device, **kwargs)
+    shape = (batch_size, 1, q_length, kv_length)
     tracing = is_tracing(attention_mask)
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is not None:
@@ -88,7 +168,7 @@ def build(
 
     if mask_function is bidirectional_mask_function:
         if padding is not None:
-            return padding[:, None, None, :].expand(-1, -1, q_length, -1)
+            return _present(Mask(False, visible=padding[:, None, None]), shape, dtype, device)
         if allow_is_bidirectional_skip:
             return None
     elif not use_vmap:
@@ -101,31 +181,26 @@ def build(
         if found is not None and keys is not None:
             window, segments = found
             if segments is not None:
-                return _pack(window, segments.expand(batch_size, -1))
-            if not tracing and window >= keys:
-                window = 0
-            if padding is not None:
-                return _band(window, q_length, padding[:, :keys])
-            if window or keys != kv_length:
-                return _band(window, q_length, torch.empty(0, keys, dtype=torch.bool, device=device))
-            return None
-    return sdpa_mask(*asked, local_size, allow_is_causal_skip=False, use_vmap=use_vmap, device=device)
+                bounds = _bounds(segments.expand(batch_size, -1))
+                return _present(Mask(True, window, cu_seqlens=bounds), shape, dtype, device)
+            if window is not None and not tracing and window >= keys:
+                window = None
+            visible = None if padding is None else padding[:, None, None, :keys]
+            limit = None if keys == kv_length else keys
+            return _present(Mask(True, window, limit, visible), shape, dtype, device)
+    visible = sdpa_mask(*asked, local_size, allow_is_causal_skip=False, use_vmap=use_vmap, device=device)
+    return _present(Mask(False, visible=visible), shape, dtype, device)
 
 
 def read(mask: Tensor | None, causal: bool) -> Mask:
-    """Takes apart what `build` or a caller made; `causal` is what the layer is where there is no mask."""
+    """What `build` put into `mask`, or a caller's own mask; `causal` is what the layer is where there is no mask."""
     if mask is None:
         return Mask(causal)
-    if mask.dtype == torch.int8:
-        visible = mask[:, :1, :1].view(torch.bool) if mask.shape[0] else None
-        return Mask(True, mask.shape[1] - 1 or None, mask.shape[3], visible)
-    if mask.dtype == torch.int32:
-        return Mask(True, mask.shape[1] - 1 or None, cu_seqlens=mask[0, 0, 0])
-    return Mask(False, visible=mask)
+    return mask.mask if type(mask) is MaskTensor else Mask(False, visible=mask)
 
 
 def dense(mask: Mask, Tq: int, Tk: int, device: torch.device) -> Tensor | None:
-    """The mask as one tensor ``[.., Tq, Tk]``, for code that knows nothing else; no packed sequences."""
+    """The mask as one tensor ``[.., Tq, Tk]``, for code that knows nothing else; without `cu_seqlens`."""
     visible = mask.visible
     if not mask.causal and mask.window is None:
         return visible
@@ -137,10 +212,10 @@ def dense(mask: Mask, Tq: int, Tk: int, device: torch.device) -> Tensor | None:
     return band[None, None] if visible is None else visible & band
 
 
-def _causal(mask_function: Callable, local_size: int | None, config, tracing: bool) -> tuple[int, None] | None:
-    """(window or 0, None) of a causal or sliding pattern without overlays; None for any other."""
+def _causal(mask_function: Callable, local_size: int | None, config, tracing: bool) -> tuple[int | None, None] | None:
+    """(window, None) of a causal or sliding pattern without overlays; None for any other."""
     if mask_function is causal_mask_function:
-        return 0, None
+        return None, None
     if tracing:  # closures cannot be read here; `local_size` is either a window or a chunk
         is_window = local_size is not None and local_size == getattr(config, "sliding_window", None)
         return (local_size, None) if is_window and getattr(config, "attention_chunk_size", None) is None else None
@@ -151,8 +226,8 @@ def _causal(mask_function: Callable, local_size: int | None, config, tracing: bo
     return None
 
 
-def _packed(mask_function: Callable) -> tuple[int, Tensor] | None:
-    """(window or 0, segment of each token) of a causal or sliding pattern over packed sequences."""
+def _packed(mask_function: Callable) -> tuple[int | None, Tensor] | None:
+    """(window, segment of each token) of a causal or sliding pattern over packed sequences."""
     found = packed_pattern(mask_function)
     if found is None:
         return None
@@ -173,15 +248,21 @@ def _aligned_keys(q_length: int, kv_length: int, q_offset: int | Tensor, kv_offs
     return keys if keys <= kv_length else None
 
 
-def _band(window: int, q_length: int, visible: Tensor) -> Tensor:
-    visible = visible.contiguous().view(torch.int8)
-    return visible[:, None, None, :].expand(-1, 1 + window, q_length, -1)
+def same_segment(bounds_q: Tensor, bounds_k: Tensor, B: int, Tq: int, Tk: int) -> Tensor:
+    """Whether a query and a key belong to the same packed sequence: bool ``[B, 1, Tq, Tk]``."""
+    segment_q, segment_k = _segments(bounds_q, B, Tq), _segments(bounds_k, B, Tk)
+    return (segment_q[:, :, None] == segment_k[:, None, :])[:, None]
 
 
-def _pack(window: int, segments: Tensor) -> Tensor:
+def _segments(bounds: Tensor, B: int, T: int) -> Tensor:
+    """Which sequence each of the B * T tokens belongs to: ``[B, T]``."""
+    return torch.bucketize(torch.arange(B * T, device=bounds.device), bounds[1:], right=True).view(B, T)
+
+
+def _bounds(segments: Tensor) -> Tensor:
     """Sequence bounds from each token's segment ``[B, T]``; a sequence ends with its row."""
     B, T = segments.shape
     starts = torch.ones(B, T, dtype=torch.bool, device=segments.device)
     starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
     bounds = torch.cat([starts.flatten().nonzero()[:, 0], torch.tensor([B * T], device=segments.device)])
-    return bounds.to(torch.int32).expand(1, 1 + window, 1, -1)
+    return bounds.to(torch.int32)
