@@ -5,6 +5,7 @@ One file above 500 lines: masks, caches, biases and sinks meet in one function, 
 
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -378,7 +379,7 @@ def test_a_sink_of_each_query(bias, monkeypatch):
     """As Inkling 2's layers call: one more score in the softmax, without a value."""
     q, k, v, sinks = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 4, 6, 1)
     leaves = [t.requires_grad_() for t in (q, k, v, sinks)]
-    layer, position_bias = torch.nn.Module(), torch.randn(2, 4, 6, 6) if bias else None
+    layer, position_bias = types.SimpleNamespace(is_causal=True), torch.randn(2, 4, 6, 6) if bias else None
     if bias == "trained":
         monkeypatch.setenv("LLMFAST_STRICT", "0")  # no kernel computes a bias's gradient
         leaves.append(position_bias.requires_grad_())
@@ -456,18 +457,20 @@ def test_own_mask(kind):
 
 
 @pytest.mark.parametrize("side", [None, "left", "right"])
-@pytest.mark.parametrize("name", ["bert", "modernbert"])
+@pytest.mark.parametrize("name", ["bert", "modernbert", "splinter"])
 def test_encoders(name, side):
     small = {**TINY, "type_vocab_size": 2}
     small.pop("num_key_value_heads")
     torch.manual_seed(0)
     if name == "bert":
         model = BertModel(BertConfig(**small)).eval()
+    elif name == "splinter":  # its attention does not say that it is not causal
+        model = AutoModel.from_config(CONFIG_MAPPING[name](**small)).eval()
     else:
         model = ModernBertModel(ModernBertConfig(**small, local_attention=6, cls_token_id=1, sep_token_id=2)).eval()
     ids, mask = _batch(side=side)
 
-    ours, expected = _both(model, "sdpa", lambda: model(ids, attention_mask=mask).last_hidden_state[mask == 1])
+    ours, expected = _both(model, "eager", lambda: model(ids, attention_mask=mask).last_hidden_state[mask == 1])
     torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-5)
 
 

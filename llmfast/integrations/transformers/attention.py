@@ -42,7 +42,8 @@ def attention_forward(
     """What a model calls as ``attn_implementation="llmfast"``.
 
     Args:
-        module: the attention layer; its `is_causal` holds where neither `is_causal` nor a mask says otherwise.
+        module: the attention layer; its `is_causal` holds where neither `is_causal` nor a mask says otherwise. One
+            without it sees everything without a mask, as in eager attention (Splinter, the texts of CLAP and ALIGN).
         query: ``[B, Hq, Tq, D]``. key: ``[B, Hkv, Tk, D]``. value: ``[B, Hkv, Tk, Dv]``, heads not repeated.
         attention_mask: from `masks.build`, or a caller's own boolean or additive mask ``[B or 1, Hq or 1, Tq, Tk]``.
         dropout: of attention weights. Above 0 the layer runs in plain torch, counted; so do other dtypes than float32,
@@ -59,7 +60,7 @@ def attention_forward(
     Returns:
         ``([B, Tq, Hq, Dv], None)``: attention weights are never stored.
     """
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     mask = read(attention_mask, causal)
     if sinks is not None:
         sinks = sinks[..., 0]
