@@ -400,7 +400,7 @@ def test_transforms_of_attention_with_sinks():
     hidden = ~torch.ones(T, T, dtype=torch.bool).tril()
 
     def ours(q, k, v, sinks):
-        return attention_forward(torch.nn.Module(), q, k, v, None, s_aux=sinks)[0]
+        return attention_forward(torch.nn.Module(), q, k, v, None, s_aux=sinks, is_causal=True)[0]
 
     def plain(q, k, v, sinks):
         scores = (q @ k.repeat_interleave(2, 1).mT * D**-0.5).masked_fill(hidden, float("-inf"))

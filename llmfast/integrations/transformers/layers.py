@@ -482,9 +482,10 @@ def _present(encoder: nn.Module, x: Tensor, mask: Tensor | None, kwargs: dict) -
     """Which tokens are there, ``[B, T]``, if that is all that `mask` says and nobody looks at what is between the layers."""
     if type(mask) is not MaskTensor or torch.compiler.is_compiling() or is_tracing(x):
         return None
-    said = read(mask, False)
-    present = said.visible
-    if said != Mask(False, visible=present) or present.dtype != torch.bool or present.shape != (x.shape[0], 1, 1, x.shape[1]):
+    present = read(mask, False).visible
+    if present is None or mask.mask != Mask(False, visible=present) or present.dtype != torch.bool:
+        return None
+    if present.shape != (x.shape[0], 1, 1, x.shape[1]):  # a mask of each query's own
         return None
     if encoder.config.chunk_size_feed_forward or not all(_unhooked(m) for m in encoder.layer.modules()):
         return None
