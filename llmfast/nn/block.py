@@ -27,7 +27,7 @@ from llmfast.nn._fallback import HOOKS, is_hooked
 from llmfast.nn.attention import KVCache, SelfAttention
 from llmfast.nn.layers import FFN, AddLayerNorm, AddRMSNorm, Linear
 from llmfast.ops._flops import ffn_backward as ffn_backward_flops
-from llmfast.ops._native_op import NativeOp, _plain_eager, first_derivative
+from llmfast.ops._native_op import NativeOp, _plain_eager, any_lazy, first_derivative
 from llmfast.ops.attention import broadcasts
 from llmfast.ops.ffn import ACTIVATIONS
 
@@ -115,7 +115,7 @@ def fused_block(
         return None
     extras = (cos, sin, mask, cu_seqlens)
     if differentiable:
-        return _BlockFunction.apply(plan.settings, plan.arguments, extras, x, stream, *weights)
+        return _BlockFunction.apply(plan, extras, x, stream, *weights)
     out = torch.empty_like(x) if x.dtype == dtype else torch.empty_like(x, dtype=dtype)
     stream_out = torch.empty_like(x if stream is None else stream)
     k = v = None
@@ -300,14 +300,14 @@ def _make_plan(block: nn.Module) -> Plan | None:
 
 class _BlockFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, settings, arguments, extras, x: Tensor, stream: Tensor | None, *weights: Tensor | None):
+    def forward(ctx, plan: Plan, extras, x: Tensor, stream: Tensor | None, *weights: Tensor | None):
         native = backend.native()
         inputs = (x, stream, *extras, None, None)
-        saved = torch.empty(native.block_saved_bytes(settings, weights, inputs) // 4, dtype=torch.float32)
+        saved = torch.empty(native.block_saved_bytes(plan.settings, weights, inputs) // 4, dtype=torch.float32)
         out = x.new_empty(x.shape, dtype=weights[2].dtype)
         stream_out = torch.empty_like(x if stream is None else stream)
-        native.block_forward(settings, weights, inputs, 0, out, stream_out, saved)
-        ctx.arguments, ctx.first = arguments, stream is None
+        native.block_forward(plan.settings, weights, inputs, 0, out, stream_out, saved)
+        ctx.settings, ctx.arguments, ctx.first = plan.settings, plan.arguments, stream is None
         ctx.save_for_backward(x, *extras, stream_out, saved, *weights)
         return out, stream_out
 
@@ -315,38 +315,48 @@ class _BlockFunction(torch.autograd.Function):
     @first_derivative
     def backward(ctx, d_out: Tensor, d_stream_out: Tensor):
         x, cos, sin, mask, cu_seqlens, stream_out, saved, *weights = ctx.saved_tensors
-        needs = ctx.needs_input_grad[5:]
-        tensors = (d_out, d_stream_out, x, stream_out, saved, cos, sin, mask, cu_seqlens)
-        d_x, d_stream, *d_weights = _block_backward(*tensors, *weights, needs, ctx.first, *ctx.arguments)
-        d_weights = (d if need else None for d, need in zip(d_weights, needs))
+        needs = ctx.needs_input_grad[4:]
+        arrived = (d_out, d_stream_out, x, stream_out, saved)
+        tensors = (*arrived, cos, sin, mask, cu_seqlens)
+        if _plain_eager(arrived) and not any_lazy(arrived):
+            d_x, d_stream, *d_weights = _native_backward(ctx.settings, *tensors, weights, needs, ctx.first)
+        else:
+            d_x, d_stream, *d_weights = _block_backward(*tensors, *weights, needs, ctx.first, *ctx.arguments)
+            d_weights = (d if need else None for d, need in zip(d_weights, needs))
         narrow = x.dtype != stream_out.dtype
-        return None, None, None, d_x if narrow else d_stream, None if ctx.first else d_stream, *d_weights
+        return None, None, d_x if narrow else d_stream, None if ctx.first else d_stream, *d_weights
 
 
-def _backward(d_out, d_stream_out, x, stream_out, saved, cos, sin, mask, cu_seqlens, *others):
-    weights, (needs, first, *arguments) = others[: len(Weights._fields)], others[len(Weights._fields) :]
-    grads = _gradients(d_out, d_stream_out, x, stream_out, saved, cos, sin, mask, cu_seqlens, *others)
-    d_x, d_stream, *d_weights = grads
+def _native_backward(
+    settings, d_out, d_stream_out, x, stream_out, saved, cos, sin, mask, cu_seqlens, weights, needs, first
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, where its dtype is not the stream's, of the stream, and of the weights that need one."""
     x, stream_out, saved = (t.contiguous() for t in (x, stream_out, saved))  # hooks may hand back other strides
-    native = backend.native()
-    native.block_backward(
-        native.BlockSettings(*arguments),
-        weights,
-        # stream_out stands for the incoming stream, of which only the shape and dtype still matter
-        (x, None if first else stream_out, cos, sin, mask, cu_seqlens, None, None),
-        stream_out,
-        saved,
-        d_out.contiguous(),
-        d_stream_out.contiguous(),
-        d_x if x.dtype != stream_out.dtype else None,
-        d_stream,
-        tuple(d if need else None for d, need in zip(d_weights, needs)),
+    d_x = torch.empty_like(x) if x.dtype != stream_out.dtype else None
+    d_stream = torch.empty_like(stream_out)
+    d_weights = tuple(torch.empty_like(w) if need else None for w, need in zip(weights, needs))
+    # stream_out stands for the incoming stream, of which only the shape and dtype still matter
+    inputs = (x, None if first else stream_out, cos, sin, mask, cu_seqlens, None, None)
+    of_out, of_stream_out = d_out.contiguous(), d_stream_out.contiguous()
+    backend.native().block_backward(
+        settings, tuple(weights), inputs, stream_out, saved, of_out, of_stream_out, d_x, d_stream, d_weights
     )
-    return grads
+    return d_x, d_stream, *d_weights
+
+
+# The same as an op, for what hands it other tensors than those of memory; empty ones stand for None.
+
+
+def _backward(*args) -> tuple[Tensor, ...]:
+    tensors, weights = args[:9], args[9 : 9 + len(Weights._fields)]
+    needs, first, *arguments = args[9 + len(Weights._fields) :]
+    settings = backend.native().BlockSettings(*arguments)
+    grads = _native_backward(settings, *tensors, weights, needs, first)
+    return tuple(args[0].new_empty(0) if grad is None else grad for grad in grads)
 
 
 def _gradients(d_out, d_stream_out, x, stream_out, saved, cos, sin, mask, cu_seqlens, *others):
-    """Of x, where its dtype is not the stream's, the stream, and the weights; empty ones where nobody needs them."""
+    """What `_backward` returns, on shapes alone."""
     *weights, needs = others[: len(Weights._fields) + 1]
     return (
         torch.empty_like(x) if x.dtype != stream_out.dtype else x.new_empty(0),
