@@ -28,8 +28,10 @@ enum class Slot : int {
 void* workspace_bytes(Slot slot, size_t bytes);  // of the calling thread; contents undefined
 size_t workspace_total_bytes();                  // of all threads, for reports
 
+// Inlined always, also where little is optimised: a function of its own would be compiled with the instructions of whatever
+// target calls it, and the linker picks one for all.
 template <class T>
-T* workspace(Slot slot, size_t count) {
+__attribute__((always_inline)) inline T* workspace(Slot slot, size_t count) {
   return static_cast<T*>(workspace_bytes(slot, count * sizeof(T)));
 }
 
