@@ -34,7 +34,7 @@ class Provider:
     Attributes:
         run: what is timed.
         check: returns the results to hold against the oracle; default: `run` does.
-        slack: allowed error, in errors of the baseline. More than 2 only for peers that trade accuracy for speed.
+        slack: allowed error, in errors of the baseline. More than 2 only for what trades accuracy for speed.
         isa: instruction set to force while it runs.
         precision: of float32 products while it runs (`backend.set_float32_matmul_precision`).
         compiles: the first call compiles, so the second one counts as the first.
