@@ -166,6 +166,19 @@ def test_device(folder, device):
     assert here.generate_until(asked, True) == there.generate_until(asked, True)
 
 
+def test_a_hooked_head_is_called(folder):
+    """A head whose logits are all zero leaves nothing but the number of tokens."""
+    from lm_eval.api.instance import Instance
+
+    from llmfast.integrations.lm_eval import LlmfastLM
+
+    adapter = LlmfastLM(folder)
+    adapter.model.head.register_forward_hook(lambda module, args, logits: torch.zeros_like(logits))
+    [(score, _)] = adapter.loglikelihood([Instance("loglikelihood", {}, (SENTENCES[0][:9], SENTENCES[0][9:]), 0)], True)
+    tokens = score / -torch.tensor(float(adapter.model.config.vocab_size)).log().item()
+    assert tokens == pytest.approx(round(tokens), abs=1e-4) and tokens > 5
+
+
 def test_chat_template(folder):
     from llmfast.integrations.lm_eval import LlmfastLM
 

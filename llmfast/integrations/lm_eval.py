@@ -16,7 +16,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from llmfast import backend, ops
+from llmfast import backend
 from llmfast.data import Tokenizer, load_tokenizer
 from llmfast.generate import Sampling, complete, render_chat
 from llmfast.models import GPT
@@ -176,7 +176,7 @@ class LlmfastLM(TemplateLM):
         rows, targets = rows.to(device), torch.tensor([token for _, scored in pairs for token in scored], device=device)
         logprobs, greedy = [], []
         for some, wanted in zip(rows.split(LOGIT_ROWS), targets.split(LOGIT_ROWS)):
-            logits = ops.linear(hidden[some], self.model.head_weight).float()
+            logits = self.model.logits(hidden[some]).float()
             chosen = logits.gather(1, wanted[:, None])[:, 0]
             logprobs.append(chosen - logits.logsumexp(-1))
             greedy.append(logits.argmax(-1) == wanted)

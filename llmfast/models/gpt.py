@@ -195,15 +195,19 @@ class GPT(nn.Module):
             caches=caches,
             last_only=last_only,
         )
-        if self.head is not None and not is_plain_linear(self.head):
-            logits = self.head(normed)
-            if targets is None:
-                return logits
-            losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction=reduction)
-            return losses.view(targets.shape) if reduction == "none" else losses
         if targets is None:
-            return ops.linear(normed, self.head_weight)
-        return ops.linear_cross_entropy(normed, self.head_weight, targets, reduction=reduction)
+            return self.logits(normed)
+        if self._head_is_plain():
+            return ops.linear_cross_entropy(normed, self.head_weight, targets, reduction=reduction)
+        losses = F.cross_entropy(self.logits(normed).float().flatten(0, 1), targets.flatten(), reduction=reduction)
+        return losses.view(targets.shape) if reduction == "none" else losses
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``[..., V]`` logits of what `hidden` returns. A head that was replaced (by an adapter) or has hooks is called."""
+        return ops.linear(hidden, self.head_weight) if self._head_is_plain() else self.head(hidden)
+
+    def _head_is_plain(self) -> bool:
+        return self.head is None or is_plain_linear(self.head)
 
     def hidden(
         self,
