@@ -163,7 +163,7 @@ def set_float32_matmul_precision(precision: str) -> None:
     the processor, forward and backward, in the whole process.
 
     ``"highest"``, the default: in float32. ``"high"``: on AMX each value as the sum of two bfloat16 (about 16 bits of its
-    mantissa), summed in float32: three products of bfloat16 in place of one of float32, with an error below 1e-5 of the
+    mantissa), summed in float32: three products of bfloat16 in place of one of float32, with an error below 1e-5 of its
     largest result. Infinities, and values beyond 3.39e38, become NaN, and halves of values that are subnormal count as
     zero. With few rows, on other processors and on GPUs it changes nothing. Attention is always in float32.
     torch's setting of this name, which is about its own products, is not read.

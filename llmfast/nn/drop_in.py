@@ -18,7 +18,7 @@ from torch.fx import Proxy
 
 from llmfast import backend, ops
 from llmfast.nn._fallback import FLOATING, autocast_is_on, call_in_graph, is_hooked, left_to_torch
-from llmfast.nn.layers import Linear
+from llmfast.nn.layers import Linear, is_plain_linear
 
 __all__ = ["MLP", "LayerNorm", "MultiheadAttention", "RMSNorm", "TransformerEncoderLayer"]
 
@@ -123,17 +123,13 @@ def _feed_forward(x: Tensor, up: nn.Module, activation: Callable, dropout: nn.Mo
     """``down(dropout(activation(up(x))))``: fused where nothing happens in between and nobody replaced the linears."""
     name = activation_name(activation)
     idle = type(dropout) is nn.Dropout and (dropout.p == 0.0 or not dropout.training)
-    plain = isinstance(x, Tensor) and _plain_linear(up) and _plain_linear(down)
+    plain = isinstance(x, Tensor) and is_plain_linear(up) and is_plain_linear(down)
     fused = plain and idle and name is not None and _same_dtype(x, up, down)
     if not fused or x.shape[-1] != up.in_features or down.out_features != up.in_features:
         return down(dropout(activation(up(x))))
     if left_to_torch("ffn", x, up.weight, up.bias, down.weight, down.bias):
         return down(dropout(activation(up(x))))
     return ops.ffn(x, up.weight, up.bias, down.weight, down.bias, activation=name)
-
-
-def _plain_linear(module: nn.Module) -> bool:
-    return type(module) in (nn.Linear, Linear) and not is_hooked(module)
 
 
 def _same_dtype(x: Tensor, *modules: nn.Module) -> bool:

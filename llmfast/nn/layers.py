@@ -31,7 +31,7 @@ class Linear(nn.Linear):
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether nothing happens but the product with its weight: it is no adapter around another, and nobody hooked it."""
-    return type(module) is Linear and not is_hooked(module)
+    return type(module) in (nn.Linear, Linear) and not is_hooked(module)
 
 
 class Embedding(nn.Module):
